@@ -1,0 +1,56 @@
+"""xLSTM (mLSTM, sLSTM) for Hugging Face Transformers. Importing the package registers it with the Auto classes."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from .cache_xlstm import LayerState, XLSTMCache
+from .configuration_xlstm import XLSTMConfig
+from .mlstm import MLSTMState, mlstm_chunkwise, mlstm_step
+from .modeling_xlstm import (
+    MLSTMLayer,
+    MLSTMPreUpLayer,
+    SLSTMLayer,
+    XLSTMBlock,
+    XLSTMForCausalLM,
+    XLSTMForSequenceClassification,
+    XLSTMForTokenClassification,
+    XLSTMModel,
+    XLSTMPreTrainedModel,
+    count_parameters,
+)
+from .slstm import SLSTMState, slstm_scan, slstm_step
+
+
+__version__ = "0.1.0"
+__all__ = [
+    "LayerState",
+    "MLSTMLayer",
+    "MLSTMPreUpLayer",
+    "MLSTMState",
+    "SLSTMLayer",
+    "SLSTMState",
+    "XLSTMBlock",
+    "XLSTMCache",
+    "XLSTMConfig",
+    "XLSTMForCausalLM",
+    "XLSTMForSequenceClassification",
+    "XLSTMForTokenClassification",
+    "XLSTMModel",
+    "XLSTMPreTrainedModel",
+    "count_parameters",
+    "mlstm_chunkwise",
+    "mlstm_step",
+    "slstm_scan",
+    "slstm_step",
+]
+
+AutoConfig.register(XLSTMConfig.model_type, XLSTMConfig)
+AutoModel.register(XLSTMConfig, XLSTMModel)
+AutoModelForCausalLM.register(XLSTMConfig, XLSTMForCausalLM)
+AutoModelForSequenceClassification.register(XLSTMConfig, XLSTMForSequenceClassification)
+AutoModelForTokenClassification.register(XLSTMConfig, XLSTMForTokenClassification)

@@ -1,0 +1,24 @@
+"""Which implementation runs an op: the only place that asks what is installed.
+
+`"auto"` may choose, per call, from the device of the tensors. A name obeys or raises with the reason.
+"""
+
+import torch
+
+
+BACKENDS = ("auto", "torch", "triton")
+
+
+def resolve(requested: str, tensor: torch.Tensor) -> str:
+    """The backend, `"torch"` or `"triton"`, that serves `requested` for an op on `tensor`.
+
+    Raises ValueError for an unknown name and NotImplementedError for a backend that cannot serve this tensor.
+    """
+    if requested not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {requested!r}.")
+    if requested == "triton":
+        raise NotImplementedError(
+            f"backend 'triton' was requested for tensors on {tensor.device}, but this version has no Triton kernels; "
+            "use 'auto' or 'torch'."
+        )
+    return "torch"

@@ -1,0 +1,238 @@
+"""Recurrent cache: one state a layer, of constant size whatever the length of the text.
+
+States are float32 whatever the dtype of the model, and stay at the same addresses from step to step outside training, so
+that a compiled decode step can be replayed. Under autograd they are replaced instead, which keeps them differentiable.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from .configuration_xlstm import XLSTMConfig
+from .mlstm_torch import MLSTMState
+from .slstm_torch import SLSTMState
+
+
+class LayerState(NamedTuple):
+    """State of one mixer: its cell, and the last inputs of its causal convolution `[B, kernel - 1, channels]`, if any."""
+
+    cell: MLSTMState | SLSTMState
+    conv: Tensor | None = None
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "LayerState":
+        """The state with `fn` applied to each tensor."""
+        conv = None if self.conv is None else fn(self.conv)
+        return LayerState(type(self.cell)(*map(fn, self.cell)), conv)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name: C n m or h c n m, and conv."""
+        named = self.cell._asdict()
+        return named if self.conv is None else {**named, "conv": self.conv}
+
+
+class Record(NamedTuple):
+    """What is needed to undo a forward pass: the state before it, its length, and how to redo a part of it."""
+
+    before: LayerState | None
+    tokens: int
+    replay: Callable[[int], LayerState]
+
+
+class XLSTMCacheLayer:
+    """The state of one layer. The attributes are those that `transformers.Cache` reads from its layers."""
+
+    is_compileable = True
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, kind: str):
+        self.kind = kind
+        self.state: LayerState | None = None
+        self.records: list[Record] = []
+        self.record_past = False
+
+    def __repr__(self) -> str:
+        return f"XLSTMCacheLayer({self.kind})"
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.state is not None
+
+    @property
+    def batch_size(self) -> int:
+        if self.state is None:
+            raise AttributeError("An empty cache layer has no batch size.")
+        return self.state.cell[0].shape[0]
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def update(self, state: LayerState) -> None:
+        """Stores `state`: in place where nothing can differentiate through it and the shapes agree."""
+        if self.state is not None and not torch.is_grad_enabled():
+            old, new = self.state.tensors(), state.tensors()
+            if all(old[name].shape == new[name].shape and not old[name].requires_grad for name in old):
+                for name, tensor in old.items():
+                    tensor.copy_(new[name])
+                return
+        self.state = state
+        for tensor in state.tensors().values():
+            if tensor.is_cuda and not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(tensor)
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Applies `fn` to every tensor of the state; what was recorded before cannot be undone any more."""
+        if self.state is not None:
+            self.update(self.state.map(fn))
+        self.records = []
+
+    def reset(self) -> None:
+        with torch.no_grad():
+            self.map(torch.zeros_like)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.map(lambda x: x.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.map(lambda x: x[indices.to(x.device)])
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def record(self, tokens: int, replay: Callable[[LayerState | None, int], LayerState]) -> None:
+        """Remembers the state before a forward pass over `tokens` tokens; `replay(before, k)` redoes its first k."""
+        before = None if self.state is None else self.state.map(Tensor.clone)
+        self.records.append(Record(before, tokens, lambda k: replay(before, k)))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last `-tokens_to_remove` tokens by replay from the recorded states, and forgets the records."""
+        remove = -tokens_to_remove
+        recorded = sum(record.tokens for record in self.records)
+        if not 0 <= remove <= recorded:
+            raise ValueError(
+                f"crop takes minus the number of tokens to remove, of which {recorded} are recorded "
+                f"(activate_past_recording() starts recording), got {tokens_to_remove}."
+            )
+        while remove:
+            record = self.records.pop()
+            kept = max(0, record.tokens - remove)
+            remove -= record.tokens - kept
+            if kept:
+                with torch.no_grad():
+                    self.update(record.replay(kept))
+            elif record.before is not None:
+                self.update(record.before)
+            else:
+                self.reset()
+        self.records = []
+
+
+class XLSTMCache(Cache):
+    """The recurrent state of an xLSTM, passed to models and `generate` as `past_key_values`.
+
+    Args:
+        config: Configuration of the model that the cache is for.
+
+    The state of layer i is `cache.layers[i].state`, a `LayerState` of float32 tensors, `None` before the first token.
+    """
+
+    layers: list[XLSTMCacheLayer]
+
+    def __init__(self, config: XLSTMConfig):
+        super().__init__(layers=[XLSTMCacheLayer(kind) for kind in config.block_types])
+        # A tensor, so that counting tokens does not recompile a decode step.
+        self.seen_tokens = torch.zeros((), dtype=torch.int64)
+
+    def update(self, state: LayerState, layer_idx: int) -> None:
+        """Stores the state of a layer after a forward pass."""
+        self.layers[layer_idx].update(state)
+
+    def advance(self, tokens: int, device: torch.device) -> None:
+        """Counts `tokens` more positions, padding included."""
+        if self.seen_tokens.device != device:
+            self.seen_tokens = self.seen_tokens.to(device)
+        self.seen_tokens += tokens
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions seen so far, padding included."""
+        return int(self.seen_tokens)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Length and offset of a mask over all positions."""
+        return self.get_seq_length() + query_length, 0
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        """Whether a layer (the last, by default) has a state."""
+        return self.layers[-1 if layer_idx is None else layer_idx].is_initialized
+
+    def reset(self) -> None:
+        """Back to an empty text, at the same addresses."""
+        super().reset()
+        self.seen_tokens.zero_()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last tokens: `crop(-k)` removes k, `crop(0)` only forgets what was recorded.
+
+        Raises ValueError if fewer tokens were recorded; `activate_past_recording()` starts recording.
+        """
+        super().crop(tokens_to_remove)
+        self.seen_tokens += tokens_to_remove
+
+    @property
+    def is_recording(self) -> bool:
+        return self.layers[0].record_past
+
+    def to(self, device: torch.device | str) -> "XLSTMCache":
+        """Moves the states to `device`; returns the cache."""
+        for layer in self.layers:
+            if layer.state is not None:
+                layer.state = layer.state.map(lambda x: x.to(device))
+        self.seen_tokens = self.seen_tokens.to(device)
+        return self
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the states as safetensors. Raises ValueError if there are none."""
+        tensors = {
+            f"layers.{i}.{name}": tensor.detach().contiguous()
+            for i, layer in enumerate(self.layers)
+            if layer.state is not None
+            for name, tensor in layer.state.tensors().items()
+        }
+        if not tensors:
+            raise ValueError("Only a cache with states can be saved, got one that has seen no tokens.")
+        kinds = json.dumps([layer.kind for layer in self.layers])
+        save_file(tensors, path, metadata={"seen_tokens": str(self.get_seq_length()), "block_types": kinds})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, config: XLSTMConfig, device: torch.device | str = "cpu") -> "XLSTMCache":
+        """Reads what `save` wrote, for a model of `config`. Raises ValueError if the file is not such a cache."""
+        cache = cls(config)
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} must be a safetensors file written by XLSTMCache.save: {error}.") from error
+        kinds = json.loads(metadata.get("block_types", "null"))
+        if kinds != config.block_types:
+            raise ValueError(f"{path} must hold the state of blocks {config.block_types}, got {kinds}.")
+        for i, layer in enumerate(cache.layers):
+            cell = MLSTMState if layer.kind == "mlstm" else SLSTMState
+            missing = [f"layers.{i}.{name}" for name in cell._fields if f"layers.{i}.{name}" not in tensors]
+            if missing:
+                raise ValueError(f"{path} must hold every state of layer {i}, got none for {', '.join(missing)}.")
+            states = cell(*(tensors[f"layers.{i}.{name}"] for name in cell._fields))
+            layer.update(LayerState(states, tensors.get(f"layers.{i}.conv")))
+        cache.seen_tokens = torch.tensor(int(metadata["seen_tokens"]), device=device)
+        return cache

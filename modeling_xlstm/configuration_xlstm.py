@@ -1,0 +1,257 @@
+"""Configuration of the xLSTM family: every field, the sizes derived from them, and what is refused.
+
+The defaults describe xLSTM-7B (https://arxiv.org/abs/2503.13427). `XLSTMConfig.from_ratio` describes the xLSTM[a:b] stacks
+of the first paper (https://arxiv.org/abs/2405.04517), and `XLSTMConfig.preset` the published sizes of both.
+"""
+
+import math
+import re
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+
+# What the first paper's architecture sets differently from xLSTM-7B.
+PAPER_ARCHITECTURE = {
+    "mlstm_block": "pre_up",
+    "norm_type": "layer_norm",
+    "norm_eps": 1e-5,
+    "gate_soft_cap": None,
+    "output_logit_soft_cap": None,
+    "num_heads": 4,
+}
+
+# size: (hidden size, blocks, positions of the sLSTM blocks in xLSTM[7:1]); https://arxiv.org/abs/2405.04517, appendix.
+PAPER_SIZES = {
+    "125m": (768, 24, (3, 20)),
+    "350m": (1024, 48, (3, 5, 7, 40, 42, 44)),
+    "760m": (1536, 48, (3, 5, 7, 40, 42, 44)),
+    "1.3b": (2048, 48, (3, 5, 7, 40, 42, 44)),
+}
+
+# field: legal values
+CHOICES = {
+    "mlstm_block": ("post_up", "pre_up"),
+    "mlstm_input_gate": ("exp", "sigmoid"),
+    "norm_type": ("rms_norm", "layer_norm"),
+    "slstm_bias_init": ("powerlaw_blockdependent", "small_init", "zeros", "standard"),
+    "slstm_recurrent_init": ("zeros", "standard"),
+    "backend": ("auto", "torch", "triton"),
+}
+POSITIVE = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "slstm_num_heads", "qk_dim_factor", "v_dim_factor",
+    "mlstm_proj_factor", "mlstm_qkv_block_size", "ffn_proj_factor", "ffn_round_up_to_multiple_of", "norm_eps",
+    "gate_soft_cap", "output_logit_soft_cap", "chunk_size",
+)  # fmt: skip
+NOT_NEGATIVE = ("conv_kernel_size", "slstm_conv_kernel_size", "slstm_ffn_proj_factor", "eps")
+
+
+@strict
+class XLSTMConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`XLSTMModel`] and its heads. The defaults give xLSTM-7B.
+
+    Args:
+        vocab_size (`int`, *optional*, defaults to 50304): Number of token embeddings.
+        hidden_size (`int`, *optional*, defaults to 4096): Width of the residual stream.
+        num_hidden_layers (`int`, *optional*, defaults to 32): Number of blocks.
+        num_heads (`int`, *optional*, defaults to 8): Heads of every mLSTM cell.
+        block_types (`list[str]`, *optional*): `"mlstm"` or `"slstm"` for each block. All mLSTM when omitted.
+        mlstm_block (`str`, *optional*, defaults to `"post_up"`):
+            Residual block around the mLSTM cell. `"post_up"`: dense q, k, v and sigmoid output gate at model width, then
+            a SwiGLU feed-forward (xLSTM-7B). `"pre_up"`: up-projection, causal convolution, block-diagonal q, k, v,
+            learnable skip, SiLU gate, no feed-forward (first paper).
+        mlstm_input_gate (`str`, *optional*, defaults to `"exp"`):
+            `"exp"` or `"sigmoid"` (mLSTMsig, https://arxiv.org/abs/2503.14376).
+        qk_dim_factor, v_dim_factor (`float`, *optional*, defaults to 0.5 and 1.0):
+            Width of all queries (keys) and of all values relative to `hidden_size`; `"post_up"` only.
+        mlstm_proj_factor (`float`, *optional*, defaults to 2.0): Inner width relative to `hidden_size`; `"pre_up"` only.
+        mlstm_qkv_block_size (`int`, *optional*, defaults to 4): Block of the block-diagonal q, k, v; `"pre_up"` only.
+        conv_kernel_size (`int`, *optional*, defaults to 4): Causal convolution of `"pre_up"` blocks, 0 for none.
+        ffn_proj_factor (`float`, *optional*, defaults to 2.667): Feed-forward width of `"post_up"` blocks.
+        ffn_round_up_to_multiple_of (`int`, *optional*, defaults to 64): Rounding of the widths given by factors.
+        slstm_num_heads (`int`, *optional*): Heads of every sLSTM cell, `num_heads` when omitted.
+        slstm_conv_kernel_size (`int`, *optional*, defaults to 4): Causal convolution before the i and f gates, 0 for none.
+        slstm_ffn_proj_factor (`float`, *optional*, defaults to 1.3): GeGLU width of sLSTM blocks, 0 for no feed-forward.
+        slstm_bias_init (`str`, *optional*, defaults to `"powerlaw_blockdependent"`):
+            Forget-gate bias at initialisation; also `"small_init"`, `"zeros"`, `"standard"`.
+        slstm_recurrent_init (`str`, *optional*, defaults to `"zeros"`): Recurrent weights, also `"standard"`.
+        norm_type (`str`, *optional*, defaults to `"rms_norm"`):
+            `"rms_norm"`, or `"layer_norm"` (no bias, weight stored as the offset from one, as in the first paper).
+        norm_eps (`float`, *optional*, defaults to 1e-6): Epsilon of every normalisation layer.
+        eps (`float`, *optional*, defaults to 1e-6): Epsilon added to the mLSTM cell's denominator.
+        gate_soft_cap (`float`, *optional*, defaults to 15.0): `cap * tanh(gate / cap)` on mLSTM gates; `None` for none.
+        output_logit_soft_cap (`float`, *optional*, defaults to 30.0): The same on the logits; `None` for none.
+        use_bias (`bool`, *optional*, defaults to `False`): Biases on projections (and on the norms, with `"rms_norm"`).
+        add_out_norm (`bool`, *optional*, defaults to `True`): Normalise after the last block.
+        dropout (`float`, *optional*, defaults to 0.0): Dropout on what each mixer and feed-forward adds to the stream.
+        chunk_size (`int`, *optional*, defaults to 64): Chunk length of the mLSTM cell; changes speed, not results.
+        backend (`str`, *optional*, defaults to `"auto"`): Kernels: `"auto"`, `"torch"` or `"triton"`.
+        keep_gates_in_fp32 (`bool`, *optional*, defaults to `True`):
+            Gate projections of the mLSTM stay in float32 when the model is loaded in bfloat16 or float16.
+        tie_word_embeddings (`bool`, *optional*, defaults to `False`): Share the input embedding with `lm_head`.
+        use_cache (`bool`, *optional*, defaults to `True`): Return the recurrent state when not training.
+        pad_token_id, bos_token_id, eos_token_id (`int`, *optional*, defaults to 1, 0, 0):
+            As in the GPT-NeoX tokenizer of xLSTM-7B, whose end of text is token 0.
+
+    Raises:
+        ValueError: A field is impossible; the message names the field, its value and the legal values.
+
+    ```python
+    >>> from modeling_xlstm import XLSTMConfig, XLSTMForCausalLM
+
+    >>> config = XLSTMConfig.from_ratio("7:1", hidden_size=128, num_hidden_layers=8, vocab_size=256)
+    >>> model = XLSTMForCausalLM(config)
+    ```"""
+
+    model_type = "xlstm_lm"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 50304
+    hidden_size: int = 4096
+    num_hidden_layers: int = 32
+    num_heads: int = 8
+    block_types: list[str] | None = None
+    mlstm_block: str = "post_up"
+    mlstm_input_gate: str = "exp"
+    qk_dim_factor: float | int = 0.5
+    v_dim_factor: float | int = 1.0
+    mlstm_proj_factor: float | int = 2.0
+    mlstm_qkv_block_size: int = 4
+    conv_kernel_size: int = 4
+    ffn_proj_factor: float | int = 2.667
+    ffn_round_up_to_multiple_of: int = 64
+    slstm_num_heads: int | None = None
+    slstm_conv_kernel_size: int = 4
+    slstm_ffn_proj_factor: float | int = 1.3
+    slstm_bias_init: str = "powerlaw_blockdependent"
+    slstm_recurrent_init: str = "zeros"
+    norm_type: str = "rms_norm"
+    norm_eps: float | int = 1e-6
+    eps: float | int = 1e-6
+    gate_soft_cap: float | int | None = 15.0
+    output_logit_soft_cap: float | int | None = 30.0
+    use_bias: bool = False
+    add_out_norm: bool = True
+    dropout: float | int = 0.0
+    chunk_size: int = 64
+    backend: str = "auto"
+    keep_gates_in_fp32: bool = True
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 0
+
+    def __post_init__(self, **kwargs: Any):
+        if self.block_types is None:
+            self.block_types = ["mlstm"] * self.num_hidden_layers
+        if self.slstm_num_heads is None:
+            self.slstm_num_heads = self.num_heads
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_ratio(cls, ratio: str, **kwargs: Any) -> "XLSTMConfig":
+        """The first paper's xLSTM[a:b]: of every `a + b` blocks the last `b` are sLSTM. `kwargs` are fields.
+
+        Raises ValueError if `ratio` is not of the form `"7:1"` or `num_hidden_layers` is not a multiple of `a + b`.
+        """
+        match = re.fullmatch(r"(\d+):(\d+)", ratio)
+        if match is None or int(match[1]) + int(match[2]) == 0:
+            raise ValueError(f"ratio must be of the form 'mLSTM:sLSTM' such as '7:1' or '1:0', got {ratio!r}.")
+        mlstm, slstm = int(match[1]), int(match[2])
+        layers = kwargs.get("num_hidden_layers", cls.num_hidden_layers)
+        if layers % (mlstm + slstm):
+            raise ValueError(
+                f"num_hidden_layers must be a multiple of {mlstm + slstm} for the ratio {ratio}, got {layers}; "
+                "give block_types for any other order."
+            )
+        pattern = ["mlstm"] * mlstm + ["slstm"] * slstm
+        block_types = pattern * (layers // len(pattern))
+        return cls(**{**PAPER_ARCHITECTURE, "block_types": block_types, **kwargs})
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "XLSTMConfig":
+        """A published size: `"xlstm-7b"`, or `"xlstm-{125m,350m,760m,1.3b}-{1:0,7:1}"`. `overrides` are fields."""
+        if name == "xlstm-7b":
+            return cls(**overrides)
+        match = re.fullmatch(r"xlstm-(.+)-(1:0|7:1)", name)
+        if match is None or match[1] not in PAPER_SIZES:
+            legal = ["xlstm-7b"] + [f"xlstm-{size}-{ratio}" for size in PAPER_SIZES for ratio in ("1:0", "7:1")]
+            raise ValueError(f"preset must be one of {', '.join(legal)}, got {name!r}.")
+        hidden_size, layers, slstm_at = PAPER_SIZES[match[1]]
+        block_types = ["slstm" if match[2] == "7:1" and i in slstm_at else "mlstm" for i in range(layers)]
+        shape = {"hidden_size": hidden_size, "num_hidden_layers": layers, "block_types": block_types}
+        return cls(**{**PAPER_ARCHITECTURE, **shape, **overrides})
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What Transformers calls these layers; the kinds of block are in `block_types`."""
+        return ["linear_attention"] * self.num_hidden_layers
+
+    @property
+    def inner_size(self) -> int:
+        """Width inside an mLSTM block, which `num_heads` share as value dimensions."""
+        if self.mlstm_block == "post_up":
+            return int(self.hidden_size * self.v_dim_factor)
+        return self._round_up(self.mlstm_proj_factor * self.hidden_size)
+
+    @property
+    def qk_size(self) -> int:
+        """Width of all queries of an mLSTM block (and of all keys)."""
+        return int(self.hidden_size * self.qk_dim_factor) if self.mlstm_block == "post_up" else self.inner_size
+
+    @property
+    def ffn_size(self) -> int:
+        """Width of the SwiGLU of a post-up mLSTM block. The sum is rounded as a float, as xLSTM-7B does."""
+        multiple = self.ffn_round_up_to_multiple_of
+        return int((self.hidden_size * self.ffn_proj_factor + multiple - 1) // multiple * multiple)
+
+    @property
+    def slstm_ffn_size(self) -> int:
+        """Width of the GeGLU of an sLSTM block; 0 means none."""
+        return self._round_up(self.slstm_ffn_proj_factor * self.hidden_size)
+
+    def _round_up(self, size: float) -> int:
+        return math.ceil(size / self.ffn_round_up_to_multiple_of) * self.ffn_round_up_to_multiple_of
+
+    def validate_architecture(self):
+        """Refuse what cannot be built. Runs on construction."""
+        for field, legal in CHOICES.items():
+            if getattr(self, field) not in legal:
+                raise ValueError(f"{field} must be one of {', '.join(legal)}, got {getattr(self, field)!r}.")
+        for field in POSITIVE:
+            value = getattr(self, field)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{field} must be positive and finite, got {value}.")
+        for field in NOT_NEGATIVE:
+            if not 0 <= getattr(self, field) < math.inf:
+                raise ValueError(f"{field} must be zero or positive and finite, got {getattr(self, field)}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and less than 1, got {self.dropout}.")
+        if len(self.block_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"block_types must have num_hidden_layers = {self.num_hidden_layers} entries, got {len(self.block_types)}."
+            )
+        for i, kind in enumerate(self.block_types):
+            if kind not in ("mlstm", "slstm"):
+                raise ValueError(f"block_types must hold 'mlstm' or 'slstm', got {kind!r} at position {i}.")
+        if "mlstm" in self.block_types:
+            self._validate_mlstm()
+        if "slstm" in self.block_types:
+            self._require_multiple("hidden_size", self.hidden_size, "slstm_num_heads", self.slstm_num_heads)
+
+    def _validate_mlstm(self):
+        if self.mlstm_block == "post_up":
+            self._require_multiple("hidden_size * qk_dim_factor", self.qk_size, "num_heads", self.num_heads)
+            self._require_multiple("hidden_size * v_dim_factor", self.inner_size, "num_heads", self.num_heads)
+            return
+        inner = "the inner width (hidden_size * mlstm_proj_factor, rounded up)"
+        self._require_multiple(inner, self.inner_size, "num_heads", self.num_heads)
+        self._require_multiple(inner, self.inner_size, "mlstm_qkv_block_size", self.mlstm_qkv_block_size)
+
+    @staticmethod
+    def _require_multiple(what: str, size: int, of: str, divisor: int):
+        if size < divisor or size % divisor:
+            raise ValueError(f"{what} must be a multiple of {of} = {divisor}, got {size}.")

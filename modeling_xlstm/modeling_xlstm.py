@@ -1,0 +1,732 @@
+"""The xLSTM family in PyTorch: norms, feed-forward, mixers, block, models.
+
+Dims: `B` batch `T` time `D` hidden size `H` heads `K` query and key head dim `V` value head dim. Every mixer and block is
+called like `nn.LSTM`: `y, state = layer(x, state)`, x and y `[B, T, D]`.
+
+Papers: https://arxiv.org/abs/2405.04517 (xLSTM[a:b]) and https://arxiv.org/abs/2503.13427 (xLSTM-7B).
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .backends import resolve
+from .cache_xlstm import LayerState, XLSTMCache
+from .checks import check_like, state_dtype
+from .configuration_xlstm import XLSTMConfig
+from .mlstm import mlstm_chunkwise, mlstm_step
+from .mlstm_torch import MLSTMState, hold_padding
+from .slstm import slstm_scan, slstm_step
+from .slstm_torch import SLSTMState
+
+
+def small_init_(weight: Tensor, dim: int) -> Tensor:
+    """Normal with standard deviation sqrt(2 / (5 dim)), https://aclanthology.org/2019.iwslt-1.17."""
+    return init.normal_(weight, std=math.sqrt(2 / (5 * dim)))
+
+
+def wang_init_(weight: Tensor, dim: int, layers: int) -> Tensor:
+    """Normal with standard deviation 2 / (layers sqrt(dim)), for projections back into the residual stream."""
+    return init.normal_(weight, std=2 / (layers * math.sqrt(dim)))
+
+
+def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+    """`cap * tanh(x / cap)`, computed in float32 or better; x itself without a cap."""
+    return x if cap is None else (cap * torch.tanh(x.to(state_dtype(x.dtype)) / cap)).to(x.dtype)
+
+
+class XLSTMNorm(nn.Module):
+    """The norm of the residual stream: RMSNorm, or LayerNorm without bias whose weight is stored as its offset from 1."""
+
+    def __init__(self, config: XLSTMConfig):
+        super().__init__()
+        self.rms, self.eps = config.norm_type == "rms_norm", config.norm_eps
+        self.weight = nn.Parameter(torch.empty(config.hidden_size))
+        self.bias = nn.Parameter(torch.empty(config.hidden_size)) if self.rms and config.use_bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        init.constant_(self.weight, 1.0 if self.rms else 0.0)
+        if self.bias is not None:
+            init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.rms:
+            return F.layer_norm(x, self.weight.shape, 1 + self.weight, None, self.eps)
+        y = F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return y if self.bias is None else y + self.bias
+
+
+class HeadNorm(nn.Module):
+    """LayerNorm over each head `[B, T, H, V]` to `[B, T, H V]`, with a weight (and bias) for each channel of each head."""
+
+    def __init__(self, config: XLSTMConfig, size: int):
+        super().__init__()
+        self.offset = 0.0 if config.norm_type == "rms_norm" else 1.0
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.empty(size))
+        self.bias = nn.Parameter(torch.empty(size)) if self.offset == 0 and config.use_bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        init.constant_(self.weight, 1.0 - self.offset)
+        if self.bias is not None:
+            init.zeros_(self.bias)
+
+    def forward(self, h: Tensor) -> Tensor:
+        y = F.layer_norm(h, h.shape[-1:], eps=self.eps).flatten(-2).to(h.dtype)
+        y = y * (self.weight + self.offset)
+        return y if self.bias is None else y + self.bias
+
+
+class GateLinear(nn.Linear):
+    """Scalar gates, always computed in float32 or better: their rounding is compounded over the whole sequence."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = state_dtype(x.dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(dtype), self.weight.to(dtype), bias)
+
+
+class BlockDiagonalLinear(nn.Module):
+    """A linear map within blocks of `block_size` channels; weight `[blocks, out, in]`."""
+
+    # Blocks are multiplied together until they are this wide: a few small dense products beat many tiny ones.
+    TILE = 64
+
+    def __init__(self, size: int, block_size: int, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size // block_size, block_size, block_size))
+        self.bias = nn.Parameter(torch.empty(size)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        blocks, out, _ = self.weight.shape
+        merged = math.gcd(blocks, max(1, self.TILE // out))
+        tiles = torch.diag_embed(self.weight.unflatten(0, (-1, merged)).movedim(1, -1), dim1=1, dim2=3)
+        tiles = tiles.flatten(3, 4).flatten(1, 2)  # [blocks / merged, merged out, merged in]
+        y = torch.einsum("bthi,hoi->btho", x.unflatten(-1, (tiles.shape[0], -1)), tiles).flatten(-2)
+        return y if self.bias is None else y + self.bias
+
+
+class CausalConv1d(nn.Module):
+    """Depthwise causal convolution over time followed by SiLU, with state: `y, state = conv(x, state)`, x `[B, T, C]`."""
+
+    def __init__(self, channels: int, kernel_size: int):
+        super().__init__()
+        self.kernel_size = kernel_size
+        self.weight = nn.Parameter(torch.empty(channels, kernel_size))
+        self.bias = nn.Parameter(torch.empty(channels))
+
+    def reset_parameters(self):
+        bound = 1 / math.sqrt(self.kernel_size)  # that of nn.Conv1d
+        init.uniform_(self.weight, -bound, bound)
+        init.uniform_(self.bias, -bound, bound)
+
+    def forward(
+        self, x: Tensor, state: Tensor | None = None, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`state` holds the last `kernel_size - 1` real inputs of each sequence `[B, kernel_size - 1, C]`, float32."""
+        B, T, C = x.shape
+        past = self.kernel_size - 1
+        sequences = B if cu_seqlens is None else cu_seqlens.numel() - 1
+        dtype = state_dtype(x.dtype)
+        if state is None:
+            state = x.new_zeros(sequences, past, C, dtype=dtype)
+        check_like("the state of the convolution", state, (sequences, past, C), x.device, (dtype,))
+        before = state.to(x.dtype)
+        if cu_seqlens is not None:
+            # each sequence behind its own past: [past of 0 | tokens of 0 | past of 1 | tokens of 1 ...]
+            bounds = cu_seqlens.to(torch.int64)
+            token = torch.arange(T, device=x.device)
+            sequence = torch.searchsorted(bounds[1:], token, right=True)
+            slot = token + (sequence + 1) * past
+            offsets = torch.arange(past, device=x.device)
+            starts = bounds[:-1] + torch.arange(sequences, device=x.device) * past
+            padded = x.new_zeros(T + sequences * past, C)
+            padded = padded.index_put((starts[:, None] + offsets,), before).index_put((slot,), x[0])
+            y = self._convolve(padded[None])[:, slot - past]
+            new = padded[bounds[1:, None] + torch.arange(sequences, device=x.device)[:, None] * past + offsets]
+        elif mask is not None:
+            # real tokens together, in order, behind the past; padding after them
+            order = torch.argsort(mask.long(), dim=1, descending=True, stable=True)
+            padded = torch.cat((before, x.gather(1, order[..., None].expand_as(x))), 1)
+            rank = (mask.long().cumsum(1) - 1).clamp(min=0)
+            y = self._convolve(padded).gather(1, rank[..., None].expand_as(x))
+            last = mask.sum(1, keepdim=True) + torch.arange(past, device=x.device)
+            new = padded.gather(1, last[..., None].expand(B, past, C))
+        else:
+            padded = torch.cat((before, x), 1)
+            y = self._convolve(padded)
+            new = padded[:, T:]
+        return F.silu(y), new.to(dtype, copy=True)
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        return F.conv1d(x.mT, self.weight[:, None], self.bias, groups=x.shape[-1]).mT
+
+
+class GatedFeedForward(nn.Module):
+    """`down(act(gate) * up)` with gate and up in one projection: SwiGLU or GeGLU."""
+
+    def __init__(self, config: XLSTMConfig, size: int, activation: str):
+        super().__init__()
+        self.config = config
+        self.up_proj = nn.Linear(config.hidden_size, 2 * size, bias=config.use_bias)  # rows [gate | up]
+        self.down_proj = nn.Linear(size, config.hidden_size, bias=config.use_bias)
+        self.activation = {"silu": F.silu, "gelu": F.gelu}[activation]
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        small_init_(self.up_proj.weight, self.config.hidden_size)
+        wang_init_(self.down_proj.weight, self.config.hidden_size, self.config.num_hidden_layers)
+        zero_biases_(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.up_proj(x).chunk(2, -1)
+        return self.down_proj(self.activation(gate) * up)
+
+
+def zero_biases_(module: nn.Module) -> None:
+    """Zeroes the biases of the projections that are direct children of `module`."""
+    for child in module.children():
+        if isinstance(child, nn.Linear | BlockDiagonalLinear) and child.bias is not None:
+            init.zeros_(child.bias)
+
+
+class _MLSTMMixer(nn.Module):
+    """What both mLSTM layers share: gates, the cell, and the norm of its heads."""
+
+    def __init__(self, config: XLSTMConfig, gate_inputs: int):
+        super().__init__()
+        self.config = config
+        self.backend = config.backend
+        self.gate_proj = GateLinear(gate_inputs, 2 * config.num_heads)  # rows [i | f]
+        self.head_norm = HeadNorm(config, config.inner_size)
+
+    def _reset_gates(self, igate_mean: float, igate_std: float):
+        heads, device = self.config.num_heads, self.gate_proj.bias.device
+        igate = torch.normal(igate_mean, igate_std, (heads,), device=device)
+        fgate = torch.linspace(3.0, 6.0, heads, device=device)
+        init.zeros_(self.gate_proj.weight)
+        init.copy_(self.gate_proj.bias, torch.cat((igate, fgate)))
+
+    def _cell(
+        self, q: Tensor, k: Tensor, v: Tensor, gate_input: Tensor, state: MLSTMState | None, mask, cu_seqlens
+    ) -> tuple[Tensor, MLSTMState]:
+        """q, k, v `[B, T, H K]` or `[B, T, H V]` to the normalised heads `[B, T, H V]`."""
+        config = self.config
+        K, V = config.qk_size // config.num_heads, config.inner_size // config.num_heads
+        q, k, v = q.unflatten(-1, (-1, K)), k.unflatten(-1, (-1, K)), v.unflatten(-1, (-1, V))
+        igate, fgate = soft_cap(self.gate_proj(gate_input), config.gate_soft_cap).chunk(2, -1)
+        options = {"input_gate": config.mlstm_input_gate, "eps": config.eps, "backend": self.backend}
+        if q.shape[1] == 1 and cu_seqlens is None:
+            igate, fgate = hold_padding(igate, fgate, mask)
+            inputs = (x.squeeze(1) for x in (q, k, v, igate, fgate))
+            h, state = mlstm_step(*inputs, state, **options)
+            h = h.unsqueeze(1)
+        else:
+            options.update(mask=mask, cu_seqlens=cu_seqlens, chunk_size=config.chunk_size)
+            h, state = mlstm_chunkwise(q, k, v, igate, fgate, state, **options)
+        return self.head_norm(h), state
+
+
+class MLSTMLayer(_MLSTMMixer):
+    """The mLSTM mixer of xLSTM-7B ("post-up"): dense q, k, v and a sigmoid output gate, at model width.
+
+    `y, state = layer(x, state)` with x, y `[B, T, hidden_size]`; `state` is a `LayerState`, `None` to start.
+    """
+
+    def __init__(self, config: XLSTMConfig):
+        super().__init__(config, config.hidden_size)
+        self.splits = (config.qk_size, config.qk_size, config.inner_size, config.inner_size)
+        self.qkvo_proj = nn.Linear(config.hidden_size, sum(self.splits), bias=config.use_bias)  # rows [q | k | v | o]
+        self.out_proj = nn.Linear(config.inner_size, config.hidden_size, bias=config.use_bias)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        small_init_(self.qkvo_proj.weight, self.config.hidden_size)
+        wang_init_(self.out_proj.weight, self.config.hidden_size, self.config.num_hidden_layers)
+        zero_biases_(self)
+        self._reset_gates(igate_mean=-10.0, igate_std=0.0)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: LayerState | None = None,
+        *,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, LayerState]:
+        q, k, v, o = self.qkvo_proj(x).split(self.splits, -1)
+        h, cell = self._cell(q, k, v, x, None if state is None else state.cell, mask, cu_seqlens)
+        return self.out_proj(torch.sigmoid(o) * h), LayerState(cell)
+
+
+class MLSTMPreUpLayer(_MLSTMMixer):
+    """The mLSTM mixer of the first paper ("pre-up"): the cell works at a wider inner size.
+
+    `y, state = layer(x, state)` with x, y `[B, T, hidden_size]`; `state` is a `LayerState`, `None` to start.
+    """
+
+    def __init__(self, config: XLSTMConfig):
+        inner = config.inner_size
+        super().__init__(config, 3 * inner)
+        self.up_proj = nn.Linear(config.hidden_size, 2 * inner, bias=config.use_bias)  # rows [x | z]
+        self.conv = CausalConv1d(inner, config.conv_kernel_size) if config.conv_kernel_size else None
+        self.q_proj = BlockDiagonalLinear(inner, config.mlstm_qkv_block_size, config.use_bias)
+        self.k_proj = BlockDiagonalLinear(inner, config.mlstm_qkv_block_size, config.use_bias)
+        self.v_proj = BlockDiagonalLinear(inner, config.mlstm_qkv_block_size, config.use_bias)
+        self.skip = nn.Parameter(torch.empty(inner))
+        self.down_proj = nn.Linear(inner, config.hidden_size, bias=config.use_bias)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        for projection in (self.up_proj, self.q_proj, self.k_proj, self.v_proj):
+            small_init_(projection.weight, self.config.hidden_size)
+        wang_init_(self.down_proj.weight, self.config.hidden_size, self.config.num_hidden_layers)
+        zero_biases_(self)
+        init.ones_(self.skip)
+        if self.conv is not None:
+            self.conv.reset_parameters()
+        self._reset_gates(igate_mean=0.0, igate_std=0.1)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: LayerState | None = None,
+        *,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, LayerState]:
+        cell, conv = (None, None) if state is None else state
+        x, z = self.up_proj(x).chunk(2, -1)
+        c = x
+        if self.conv is not None:
+            c, conv = self.conv(x, conv, mask=mask, cu_seqlens=cu_seqlens)
+        q, k, v = self.q_proj(c), self.k_proj(c), self.v_proj(x)
+        h, cell = self._cell(q, k, v, torch.cat((q, k, v), -1), cell, mask, cu_seqlens)
+        return self.down_proj((h + self.skip * c) * F.silu(z)), LayerState(cell, conv)
+
+
+class SLSTMLayer(nn.Module):
+    """The sLSTM mixer: memory mixing between the channels of a head, one step after the other.
+
+    `y, state = layer(x, state)` with x, y `[B, T, hidden_size]`; `state` is a `LayerState`, `None` to start.
+    `layer_idx` (of `config.num_hidden_layers`) shapes the initial forget gates.
+    """
+
+    def __init__(self, config: XLSTMConfig, layer_idx: int = 0):
+        super().__init__()
+        self.config, self.layer_idx, self.backend = config, layer_idx, config.backend
+        H = config.slstm_num_heads
+        D = config.hidden_size // H
+        kernel_size = config.slstm_conv_kernel_size
+        self.conv = CausalConv1d(config.hidden_size, kernel_size) if kernel_size else None
+        # gates in the order i f z o
+        self.gate_weight = nn.Parameter(torch.empty(H, 4, D, D))  # [H, 4, D_out, D_in]
+        self.gate_bias = nn.Parameter(torch.empty(H, 4, D))
+        self.recurrent_weight = nn.Parameter(torch.empty(H, 4, D, D))  # [H, 4, D_out, D_in]
+        self.head_norm = HeadNorm(config, config.hidden_size)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        H, _, D = self.gate_bias.shape
+        small_init_(self.gate_weight, self.config.hidden_size)
+        bound = 1 / math.sqrt(self.config.hidden_size)
+        if self.config.slstm_recurrent_init == "standard":
+            init.uniform_(self.recurrent_weight, -bound, bound)
+        else:
+            init.zeros_(self.recurrent_weight)
+        bias = torch.zeros(H, 4, D, device=self.gate_bias.device)
+        kind = self.config.slstm_bias_init
+        if kind == "standard":
+            bias.uniform_(-bound, bound)
+        elif kind == "small_init":
+            bias[:, 1] = torch.linspace(3.0, 6.0, D, device=bias.device)
+        elif kind == "powerlaw_blockdependent":
+            depth = self.layer_idx / max(1, self.config.num_hidden_layers - 1)
+            channel = torch.arange(D, device=bias.device) / max(1, D - 1)
+            bias[:, 1] = 5 - 12 * channel ** (0.3 + 1.3 * depth)
+        init.copy_(self.gate_bias, bias)
+        if self.conv is not None:
+            self.conv.reset_parameters()
+
+    def forward(
+        self,
+        x: Tensor,
+        state: LayerState | None = None,
+        *,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, LayerState]:
+        cell, conv = (None, None) if state is None else state
+        c = x
+        if self.conv is not None:
+            c, conv = self.conv(x, conv, mask=mask, cu_seqlens=cu_seqlens)
+        gates = torch.cat((self._gates(c, 0), self._gates(x, 2)), -2) + self.gate_bias
+        if x.shape[1] == 1 and mask is None and cu_seqlens is None:
+            h, cell = slstm_step(gates.squeeze(1), self.recurrent_weight, cell, backend=self.backend)
+            h = h.unsqueeze(1)
+        else:
+            options = {"mask": mask, "cu_seqlens": cu_seqlens, "backend": self.backend}
+            h, cell = slstm_scan(gates, self.recurrent_weight, cell, **options)
+        return self.head_norm(h.to(x.dtype)), LayerState(cell, conv)
+
+    def _gates(self, x: Tensor, first: int) -> Tensor:
+        """Input parts of two gates, `[B, T, D]` to `[B, T, H, 2, D / H]`."""
+        weight = self.gate_weight[:, first : first + 2].flatten(1, 2)
+        y = torch.einsum("bthi,hoi->btho", x.unflatten(-1, (weight.shape[0], -1)), weight)
+        return y.unflatten(-1, (2, -1))
+
+
+class XLSTMBlock(GradientCheckpointingLayer):
+    """Pre-norm residual block: `x + mixer(norm(x))`, then `x + ffn(norm(x))` where the block has a feed-forward.
+
+    `y, state = block(x, state)` with x, y `[B, T, hidden_size]`; `state` is a `LayerState`, `None` to start.
+    """
+
+    def __init__(self, config: XLSTMConfig, layer_idx: int = 0):
+        super().__init__()
+        self.mixer_norm = XLSTMNorm(config)
+        if config.block_types[layer_idx] == "slstm":
+            self.mixer = SLSTMLayer(config, layer_idx)
+            ffn_size, activation = config.slstm_ffn_size, "gelu"
+        elif config.mlstm_block == "post_up":
+            self.mixer = MLSTMLayer(config)
+            ffn_size, activation = config.ffn_size, "silu"
+        else:
+            self.mixer = MLSTMPreUpLayer(config)
+            ffn_size, activation = 0, "silu"
+        self.ffn_norm = XLSTMNorm(config) if ffn_size else None
+        self.ffn = GatedFeedForward(config, ffn_size, activation) if ffn_size else None
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: LayerState | None = None,
+        *,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, LayerState]:
+        y, state = self.mixer(self.mixer_norm(x), state, mask=mask, cu_seqlens=cu_seqlens)
+        x = x + self.dropout(y)
+        if self.ffn is not None:
+            x = x + self.dropout(self.ffn(self.ffn_norm(x)))
+        return x, state
+
+
+class XLSTMPreTrainedModel(PreTrainedModel):
+    """Initialisation, loading and the generation hooks of all xLSTM models."""
+
+    config: XLSTMConfig
+    config_class = XLSTMConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["XLSTMBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    supports_gradient_checkpointing = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": XLSTMBlock}
+
+    def __init__(self, config: XLSTMConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        gates = {"gate_proj"} if config.keep_gates_in_fp32 else set()
+        # The first is also what quantisers leave alone, the second what stays float32 in a bfloat16 model.
+        self._keep_in_fp32_modules, self._keep_in_fp32_modules_strict = gates, set(gates)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if isinstance(module, nn.Embedding | nn.Linear):
+            small_init_(module.weight, self.config.hidden_size)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, XLSTMNorm | HeadNorm | GatedFeedForward | MLSTMLayer | MLSTMPreUpLayer | SLSTMLayer):
+            # after its children, which it initialises itself
+            module.reset_parameters()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any):
+        """As in Transformers; raises ValueError if the checkpoint holds a weight that is not finite."""
+        result = super().from_pretrained(*args, **kwargs)
+        model = result[0] if isinstance(result, tuple) else result
+        for name, weight in model.named_parameters():
+            if weight.is_floating_point() and not weight.is_meta and not torch.isfinite(weight).all():
+                raise ValueError(f"All weights of a checkpoint must be finite, got NaN or infinity in {name}.")
+        return result
+
+    def set_backend(self, backend: str) -> None:
+        """Selects the kernels of every layer: `"auto"`, `"torch"` or `"triton"`; raises if they cannot run here."""
+        resolve(backend, next(self.parameters()))
+        self.config.backend = backend
+        for module in self.modules():
+            if isinstance(module, MLSTMLayer | MLSTMPreUpLayer | SLSTMLayer):
+                module.backend = backend
+
+
+class XLSTMModel(XLSTMPreTrainedModel):
+    """Embedding, blocks and final norm: the stack that all heads share."""
+
+    def __init__(self, config: XLSTMConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(XLSTMBlock(config, i) for i in range(config.num_hidden_layers))
+        self.norm = XLSTMNorm(config) if config.add_out_norm else nn.Identity()
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: XLSTMCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cache_params: XLSTMCache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        r"""
+        Args:
+            input_ids: Token ids `[B, T]`; or `inputs_embeds` `[B, T, D]`.
+            attention_mask: `[B, T]`, or `[B, past + T]` of which the last T columns are used. Zero marks padding, on any
+                side: it leaves the recurrent state as it was.
+            past_key_values: State of the text so far, updated by the call. Created when omitted, if `use_cache` and the
+                model is not in training mode. `cache_params` is an alias.
+            cu_seq_lens_q, position_ids: Boundaries `[N + 1]` of sequences packed into a batch of 1, or positions that
+                restart at 0 at each; the state starts anew there.
+
+        Returns:
+            `last_hidden_state` `[B, T, D]`, `past_key_values`, and on request `hidden_states`: the embedding and the
+            output of every block, the last of them normalised.
+
+        Raises:
+            TypeError, ValueError, IndexError: An input does not fit; the message says what, got and expected.
+        """
+        if cache_params is not None:
+            if past_key_values is not None:
+                raise ValueError("Only one of past_key_values and its alias cache_params may be given, got both.")
+            past_key_values = cache_params
+        if (input_ids is None) == (inputs_embeds is None):
+            got = "neither" if input_ids is None else "both"
+            raise ValueError(f"Exactly one of input_ids and inputs_embeds must be given, got {got}.")
+        if inputs_embeds is None:
+            _check_ids(input_ids, self.config.vocab_size)
+            inputs_embeds = self.embed_tokens(input_ids)
+        elif inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != self.config.hidden_size:
+            got = tuple(inputs_embeds.shape)
+            raise ValueError(f"inputs_embeds must have shape [B, T, {self.config.hidden_size}], got {got}.")
+        cache = past_key_values
+        if cache is None and use_cache and not self.training:
+            cache = XLSTMCache(self.config)
+        if cache is not None:
+            _check_cache(cache, self.config)
+        B, T, _ = inputs_embeds.shape
+        if T == 0:
+            raise ValueError(f"The input must hold at least one token, got shape {tuple(inputs_embeds.shape)}.")
+        mask = _padding_mask(attention_mask, B, T, cache)
+        cu_seqlens = _packed_bounds(kwargs, B, mask)
+        if cu_seqlens is not None and cache is not None:
+            if past_key_values is not None:
+                raise ValueError("Packed sequences start from empty states, got past_key_values; unpack them to continue.")
+            cache = None
+
+        x = inputs_embeds
+        for i, block in enumerate(self.layers):
+            state = None if cache is None else cache.layers[i].state
+            if cache is not None and cache.is_recording:
+                cache.layers[i].record(T, _replay(block, x, mask))
+            x, state = block(x, state, mask=mask, cu_seqlens=cu_seqlens)
+            if cache is not None:
+                cache.update(state, i)
+        if cache is not None:
+            cache.advance(T, x.device)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=cache)
+
+
+def _check_ids(input_ids: Tensor, vocab_size: int) -> None:
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids must have shape [B, T], got {tuple(input_ids.shape)}.")
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"input_ids must be int64 or int32, got {input_ids.dtype}.")
+    # On an accelerator the embedding itself stops at a wrong id; a check here would wait for it at every step.
+    if input_ids.device.type == "cpu" and input_ids.numel() and not torch.compiler.is_compiling():
+        low, high = input_ids.min().item(), input_ids.max().item()
+        if low < 0 or high >= vocab_size:
+            raise IndexError(f"input_ids must be from 0 to {vocab_size - 1}, got values from {low} to {high}.")
+
+
+def _check_cache(cache: Cache, config: XLSTMConfig) -> None:
+    if not isinstance(cache, XLSTMCache):
+        raise TypeError(f"past_key_values must be an XLSTMCache, got {type(cache).__name__}.")
+    kinds = [layer.kind for layer in cache.layers]
+    if kinds != config.block_types:
+        raise ValueError(f"past_key_values must be of a model with blocks {config.block_types}, got blocks {kinds}.")
+
+
+def _padding_mask(attention_mask: Tensor | None, B: int, T: int, cache: XLSTMCache | None) -> Tensor | None:
+    """The last T columns as bool, or None without padding."""
+    if attention_mask is None:
+        return None
+    compiling = torch.compiler.is_compiling()
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or attention_mask.shape[0] != B:
+        got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        raise ValueError(f"attention_mask must have shape [{B}, {T}] or [{B}, past + {T}], got {got}.")
+    length = attention_mask.shape[1]
+    if length != T and not compiling:
+        past = 0 if cache is None else cache.get_seq_length()
+        if length != past + T:
+            raise ValueError(f"attention_mask must be {T} or {past} + {T} long (past and new tokens), got {length}.")
+    mask = attention_mask[:, -T:] != 0
+    if not compiling and mask.device.type == "cpu" and mask.all():
+        return None
+    return mask
+
+
+def _packed_bounds(kwargs: dict[str, Any], B: int, mask: Tensor | None) -> Tensor | None:
+    """Boundaries of packed sequences, as collators give them."""
+    bounds, positions = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
+    if bounds is None and positions is not None and B == 1 and mask is None and not torch.compiler.is_compiling():
+        starts = (positions[0] == 0).nonzero().flatten()
+        if (starts > 0).any():
+            ends = starts.new_tensor([0]), starts[starts > 0], starts.new_tensor([positions.shape[1]])
+            bounds = torch.cat(ends)
+    return None if bounds is None else bounds.to(torch.int32)
+
+
+def _replay(block: XLSTMBlock, x: Tensor, mask: Tensor | None):
+    """How to redo the first tokens of a forward pass from the state before it."""
+    return lambda before, tokens: block(x[:, :tokens], before, mask=None if mask is None else mask[:, :tokens])[1]
+
+
+class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
+    """Language model: the stack and a projection to (optionally soft-capped) logits."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: XLSTMConfig):
+        super().__init__(config)
+        self.model = XLSTMModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: XLSTMCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        r"""
+        Args:
+            labels: Token ids `[B, T]` to predict, shifted inside; -100 is ignored.
+            logits_to_keep: Logits of the last n positions only, or of the positions in a tensor; 0 for all.
+            Others: As in [`XLSTMModel`].
+
+        Returns:
+            `loss`, `logits` `[B, T, vocab_size]` in the dtype of the model, `past_key_values`, `hidden_states`.
+
+        Raises:
+            As [`XLSTMModel`]; and FloatingPointError if logits outside training are not finite (on a CPU).
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = soft_cap(self.lm_head(outputs.last_hidden_state[:, kept]), self.config.output_logit_soft_cap)
+        _check_finite(logits)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        # Transformers answers False for every class with "xlstm" in its name, after its own.
+        return True
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, max_length):
+        if generation_config.cache_implementation not in (None, "dynamic", "static"):
+            raise ValueError(
+                "The state of an xLSTM has a constant size: cache_implementation must be None, 'dynamic' or 'static' "
+                f"(all the same), got {generation_config.cache_implementation!r}."
+            )
+        if (alias := model_kwargs.pop("cache_params", None)) is not None:
+            model_kwargs.setdefault("past_key_values", alias)
+        if (cache := model_kwargs.get("past_key_values")) is not None:
+            _check_cache(cache, self.config)
+            cache._is_user_defined = True
+        elif generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = XLSTMCache(self.config)
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+        """The padding mask as it is: there is no attention to mask."""
+        return attention_mask
+
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):
+        if next_sequence_length is not None and next_sequence_length < 1:
+            length = kwargs["past_key_values"].get_seq_length()
+            raise ValueError(
+                "To continue, give the ids of the whole conversation, or the new ids with an attention_mask over all of "
+                f"it; got {length} tokens in past_key_values and {length + next_sequence_length} ids and mask columns."
+            )
+        return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
+
+
+def _check_finite(logits: Tensor) -> None:
+    """Outside training a NaN can only mean broken weights or inputs, and argmax would turn it into a wrong token."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or logits.device.type != "cpu":
+        return
+    if not torch.isfinite(logits).all():
+        raise FloatingPointError(
+            "The logits must be finite, got NaN or infinity: a weight or an input is not finite, or overflows "
+            f"{logits.dtype}."
+        )
+
+
+class XLSTMForSequenceClassification(GenericForSequenceClassification, XLSTMPreTrainedModel):
+    """A label for each sequence, read at its last token that is not padding."""
+
+
+class XLSTMForTokenClassification(GenericForTokenClassification, XLSTMPreTrainedModel):
+    """A label for each token."""
+
+
+def count_parameters(config: XLSTMConfig) -> int:
+    """Parameters of `XLSTMForCausalLM(config)`, tied ones once, without allocating any."""
+    with torch.device("meta"):
+        return XLSTMForCausalLM(config).num_parameters()
