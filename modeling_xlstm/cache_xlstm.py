@@ -37,6 +37,19 @@ class LayerState(NamedTuple):
         return named if self.conv is None else {**named, "conv": self.conv}
 
 
+def is_writable(x: Tensor) -> bool:
+    """Whether outside autograd x may be overwritten: unlike what has a gradient, or is left from an inference mode."""
+    if x.requires_grad or torch.compiler.is_compiling():
+        return not x.requires_grad
+    return torch.is_inference_mode_enabled() or not x.is_inference()
+
+
+def _keep_address(x: Tensor) -> None:
+    """Tells `torch.compile` that x stays where it is, without which it would not replay a step that writes to x."""
+    if x.is_cuda and not torch.compiler.is_compiling():
+        torch._dynamo.mark_static_address(x)
+
+
 class Record(NamedTuple):
     """What is needed to undo a forward pass: the state before it, its length, and how to redo a part of it."""
 
@@ -79,14 +92,13 @@ class XLSTMCacheLayer:
         """Stores `state`: in place where nothing can differentiate through it and the shapes agree."""
         if self.state is not None and not torch.is_grad_enabled():
             old, new = self.state.tensors(), state.tensors()
-            if all(old[name].shape == new[name].shape and not old[name].requires_grad for name in old):
+            if all(old[name].shape == new[name].shape and is_writable(old[name]) for name in old):
                 for name, tensor in old.items():
                     tensor.copy_(new[name])
                 return
         self.state = state
         for tensor in state.tensors().values():
-            if tensor.is_cuda and not torch.compiler.is_compiling():
-                torch._dynamo.mark_static_address(tensor)
+            _keep_address(tensor)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Applies `fn` to every tensor of the state; what was recorded before cannot be undone any more."""
@@ -160,8 +172,9 @@ class XLSTMCache(Cache):
 
     def advance(self, tokens: int, device: torch.device) -> None:
         """Counts `tokens` more positions, padding included."""
-        if self.seen_tokens.device != device:
-            self.seen_tokens = self.seen_tokens.to(device)
+        if self.seen_tokens.device != device or not is_writable(self.seen_tokens):
+            self.seen_tokens = self.seen_tokens.to(device, copy=True)
+            _keep_address(self.seen_tokens)
         self.seen_tokens += tokens
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -179,7 +192,7 @@ class XLSTMCache(Cache):
     def reset(self) -> None:
         """Back to an empty text, at the same addresses."""
         super().reset()
-        self.seen_tokens.zero_()
+        self.advance(-self.get_seq_length(), self.seen_tokens.device)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last tokens: `crop(-k)` removes k, `crop(0)` only forgets what was recorded.
@@ -187,7 +200,7 @@ class XLSTMCache(Cache):
         Raises ValueError if fewer tokens were recorded; `activate_past_recording()` starts recording.
         """
         super().crop(tokens_to_remove)
-        self.seen_tokens += tokens_to_remove
+        self.advance(tokens_to_remove, self.seen_tokens.device)
 
     @property
     def is_recording(self) -> bool:

@@ -78,6 +78,7 @@ def mlstm_step(
     fgate: Tensor,
     state: MLSTMState | None = None,
     *,
+    mask: Tensor | None = None,
     input_gate: str = "exp",
     eps: float = 1e-6,
     backend: str = "auto",
@@ -88,6 +89,7 @@ def mlstm_step(
         q, k, v: `[B, H, K]`, `[B, H, K]` and `[B, H, V]`.
         igate, fgate: Gate pre-activations `[B, H]`.
         state: State before the step; zeros when omitted. Differentiable, and not modified.
+        mask: `[B]` bool, False where the step is padding.
         input_gate, eps, backend: As in `mlstm_chunkwise`.
 
     Returns:
@@ -100,6 +102,9 @@ def mlstm_step(
     _check_inputs(q, k, v, igate, fgate, q.shape[:2], input_gate, eps)
     resolve(backend, q)
     state = _check_state(state, q, v, q.shape[0])
+    if mask is not None:
+        check_like("mask", mask, q.shape[:1], q.device, (torch.bool,))
+        igate, fgate = hold_padding(igate, fgate, mask)
     h, state = mlstm_step_torch(q, k, v, igate, fgate, state, input_gate, eps)
     return h.to(v.dtype), state
 

@@ -65,7 +65,7 @@ def mlstm_recurrent(
 
 
 def hold_padding(igate: Tensor, fgate: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Gates that leave the state as it was where `mask` `[B, T]` is False: nothing enters, nothing is forgotten."""
+    """Gates that leave the state as it was where `mask` (`[B, T]`, or `[B]`) is False: nothing enters, nothing is forgotten."""
     if mask is None:
         return igate, fgate
     padding = ~mask[..., None]
@@ -247,7 +247,7 @@ def _mlstm_chunkwise_backward(
     denominator = torch.maximum(normaliser.abs(), floor) + eps
 
     # 1. through h = numerator / denominator to the weights of tokens and states
-    d_numerator = chunks.split(dh, dtype).div_(denominator[..., None])
+    d_numerator = chunks.split(dh, dtype) / denominator[..., None]
     dS = d_numerator @ x.v.mT
     dq_state = d_numerator @ C_before.mT
     u = ((S * dS).sum(-1) + (q_state * dq_state).sum(-1)) / denominator

@@ -29,22 +29,21 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .backends import resolve
 from .cache_xlstm import LayerState, XLSTMCache
-from .checks import check_like, state_dtype
+from .checks import check_float, check_like, check_sequence, state_dtype
 from .configuration_xlstm import XLSTMConfig
 from .mlstm import mlstm_chunkwise, mlstm_step
-from .mlstm_torch import MLSTMState, hold_padding
+from .mlstm_torch import MLSTMState
 from .slstm import slstm_scan, slstm_step
-from .slstm_torch import SLSTMState
 
 
-def small_init_(weight: Tensor, dim: int) -> Tensor:
-    """Normal with standard deviation sqrt(2 / (5 dim)), https://aclanthology.org/2019.iwslt-1.17."""
-    return init.normal_(weight, std=math.sqrt(2 / (5 * dim)))
+def small_std(config: XLSTMConfig) -> float:
+    """Initial standard deviation of most weights, https://aclanthology.org/2019.iwslt-1.17."""
+    return math.sqrt(2 / (5 * config.hidden_size))
 
 
-def wang_init_(weight: Tensor, dim: int, layers: int) -> Tensor:
-    """Normal with standard deviation 2 / (layers sqrt(dim)), for projections back into the residual stream."""
-    return init.normal_(weight, std=2 / (layers * math.sqrt(dim)))
+def wang_std(config: XLSTMConfig) -> float:
+    """Initial standard deviation of projections back into the residual stream."""
+    return 2 / (config.num_hidden_layers * math.sqrt(config.hidden_size))
 
 
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:
@@ -96,8 +95,35 @@ class HeadNorm(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+class Projection(nn.Linear):
+    """A linear map whose weight starts normal with standard deviation `std`, and whose bias from zero."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, std: float):
+        self.std = std
+        super().__init__(inputs, outputs, bias=bias)
+
+    def reset_parameters(self):
+        init.normal_(self.weight, std=self.std)
+        if self.bias is not None:
+            init.zeros_(self.bias)
+
+
 class GateLinear(nn.Linear):
-    """Scalar gates, always computed in float32 or better: their rounding is compounded over the whole sequence."""
+    """Scalar gates, always computed in float32 or better: their rounding is compounded over the whole sequence.
+
+    Rows [i | f]. Input gates start from a normal distribution, forget gates from 3 (first head) to 6 (last).
+    """
+
+    def __init__(self, inputs: int, heads: int, igate_mean: float, igate_std: float):
+        self.igate_mean, self.igate_std = igate_mean, igate_std
+        super().__init__(inputs, 2 * heads)
+
+    def reset_parameters(self):
+        heads, device = self.out_features // 2, self.bias.device
+        igate = torch.normal(self.igate_mean, self.igate_std, (heads,), device=device)
+        fgate = torch.linspace(3.0, 6.0, heads, device=device)
+        init.zeros_(self.weight)
+        init.copy_(self.bias, torch.cat((igate, fgate)))
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = state_dtype(x.dtype)
@@ -106,16 +132,33 @@ class GateLinear(nn.Linear):
             return F.linear(x.to(dtype), self.weight.to(dtype), bias)
 
 
+def unpack_state(state: LayerState | None, conv: nn.Module | None) -> tuple[Any, Tensor | None]:
+    """States of the cell and of the convolution, which a layer has if it has a convolution."""
+    if state is None:
+        return None, None
+    if (state.conv is None) != (conv is None):
+        expected, got = ("None", "one") if conv is None else ("that of the layer's convolution", "None")
+        raise ValueError(f"state.conv must be {expected}, got {got}: the state is of another model.")
+    return state
+
+
 class BlockDiagonalLinear(nn.Module):
     """A linear map within blocks of `block_size` channels; weight `[blocks, out, in]`."""
 
     # Blocks are multiplied together until they are this wide: a few small dense products beat many tiny ones.
     TILE = 64
 
-    def __init__(self, size: int, block_size: int, bias: bool):
+    def __init__(self, size: int, block_size: int, bias: bool, std: float):
         super().__init__()
+        self.std = std
         self.weight = nn.Parameter(torch.empty(size // block_size, block_size, block_size))
         self.bias = nn.Parameter(torch.empty(size)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        init.normal_(self.weight, std=self.std)
+        if self.bias is not None:
+            init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         blocks, out, _ = self.weight.shape
@@ -134,6 +177,7 @@ class CausalConv1d(nn.Module):
         self.kernel_size = kernel_size
         self.weight = nn.Parameter(torch.empty(channels, kernel_size))
         self.bias = nn.Parameter(torch.empty(channels))
+        self.reset_parameters()
 
     def reset_parameters(self):
         bound = 1 / math.sqrt(self.kernel_size)  # that of nn.Conv1d
@@ -187,45 +231,24 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, config: XLSTMConfig, size: int, activation: str):
         super().__init__()
-        self.config = config
-        self.up_proj = nn.Linear(config.hidden_size, 2 * size, bias=config.use_bias)  # rows [gate | up]
-        self.down_proj = nn.Linear(size, config.hidden_size, bias=config.use_bias)
+        self.up_proj = Projection(config.hidden_size, 2 * size, config.use_bias, small_std(config))  # rows [gate | up]
+        self.down_proj = Projection(size, config.hidden_size, config.use_bias, wang_std(config))
         self.activation = {"silu": F.silu, "gelu": F.gelu}[activation]
-        self.reset_parameters()
-
-    def reset_parameters(self):
-        small_init_(self.up_proj.weight, self.config.hidden_size)
-        wang_init_(self.down_proj.weight, self.config.hidden_size, self.config.num_hidden_layers)
-        zero_biases_(self)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.up_proj(x).chunk(2, -1)
         return self.down_proj(self.activation(gate) * up)
 
 
-def zero_biases_(module: nn.Module) -> None:
-    """Zeroes the biases of the projections that are direct children of `module`."""
-    for child in module.children():
-        if isinstance(child, nn.Linear | BlockDiagonalLinear) and child.bias is not None:
-            init.zeros_(child.bias)
-
-
 class _MLSTMMixer(nn.Module):
     """What both mLSTM layers share: gates, the cell, and the norm of its heads."""
 
-    def __init__(self, config: XLSTMConfig, gate_inputs: int):
+    def __init__(self, config: XLSTMConfig, gate_inputs: int, igate_mean: float, igate_std: float):
         super().__init__()
         self.config = config
         self.backend = config.backend
-        self.gate_proj = GateLinear(gate_inputs, 2 * config.num_heads)  # rows [i | f]
+        self.gate_proj = GateLinear(gate_inputs, config.num_heads, igate_mean, igate_std)
         self.head_norm = HeadNorm(config, config.inner_size)
-
-    def _reset_gates(self, igate_mean: float, igate_std: float):
-        heads, device = self.config.num_heads, self.gate_proj.bias.device
-        igate = torch.normal(igate_mean, igate_std, (heads,), device=device)
-        fgate = torch.linspace(3.0, 6.0, heads, device=device)
-        init.zeros_(self.gate_proj.weight)
-        init.copy_(self.gate_proj.bias, torch.cat((igate, fgate)))
 
     def _cell(
         self, q: Tensor, k: Tensor, v: Tensor, gate_input: Tensor, state: MLSTMState | None, mask, cu_seqlens
@@ -237,9 +260,8 @@ class _MLSTMMixer(nn.Module):
         igate, fgate = soft_cap(self.gate_proj(gate_input), config.gate_soft_cap).chunk(2, -1)
         options = {"input_gate": config.mlstm_input_gate, "eps": config.eps, "backend": self.backend}
         if q.shape[1] == 1 and cu_seqlens is None:
-            igate, fgate = hold_padding(igate, fgate, mask)
             inputs = (x.squeeze(1) for x in (q, k, v, igate, fgate))
-            h, state = mlstm_step(*inputs, state, **options)
+            h, state = mlstm_step(*inputs, state, mask=None if mask is None else mask[:, 0], **options)
             h = h.unsqueeze(1)
         else:
             options.update(mask=mask, cu_seqlens=cu_seqlens, chunk_size=config.chunk_size)
@@ -254,17 +276,11 @@ class MLSTMLayer(_MLSTMMixer):
     """
 
     def __init__(self, config: XLSTMConfig):
-        super().__init__(config, config.hidden_size)
+        super().__init__(config, config.hidden_size, igate_mean=-10.0, igate_std=0.0)
         self.splits = (config.qk_size, config.qk_size, config.inner_size, config.inner_size)
-        self.qkvo_proj = nn.Linear(config.hidden_size, sum(self.splits), bias=config.use_bias)  # rows [q | k | v | o]
-        self.out_proj = nn.Linear(config.inner_size, config.hidden_size, bias=config.use_bias)
-        self.reset_parameters()
-
-    def reset_parameters(self):
-        small_init_(self.qkvo_proj.weight, self.config.hidden_size)
-        wang_init_(self.out_proj.weight, self.config.hidden_size, self.config.num_hidden_layers)
-        zero_biases_(self)
-        self._reset_gates(igate_mean=-10.0, igate_std=0.0)
+        # rows [q | k | v | o]
+        self.qkvo_proj = Projection(config.hidden_size, sum(self.splits), config.use_bias, small_std(config))
+        self.out_proj = Projection(config.inner_size, config.hidden_size, config.use_bias, wang_std(config))
 
     def forward(
         self,
@@ -274,8 +290,9 @@ class MLSTMLayer(_MLSTMMixer):
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, LayerState]:
+        cell, _ = unpack_state(state, None)
         q, k, v, o = self.qkvo_proj(x).split(self.splits, -1)
-        h, cell = self._cell(q, k, v, x, None if state is None else state.cell, mask, cu_seqlens)
+        h, cell = self._cell(q, k, v, x, cell, mask, cu_seqlens)
         return self.out_proj(torch.sigmoid(o) * h), LayerState(cell)
 
 
@@ -286,26 +303,19 @@ class MLSTMPreUpLayer(_MLSTMMixer):
     """
 
     def __init__(self, config: XLSTMConfig):
-        inner = config.inner_size
-        super().__init__(config, 3 * inner)
-        self.up_proj = nn.Linear(config.hidden_size, 2 * inner, bias=config.use_bias)  # rows [x | z]
+        inner, std = config.inner_size, small_std(config)
+        super().__init__(config, 3 * inner, igate_mean=0.0, igate_std=0.1)
+        self.up_proj = Projection(config.hidden_size, 2 * inner, config.use_bias, std)  # rows [x | z]
         self.conv = CausalConv1d(inner, config.conv_kernel_size) if config.conv_kernel_size else None
-        self.q_proj = BlockDiagonalLinear(inner, config.mlstm_qkv_block_size, config.use_bias)
-        self.k_proj = BlockDiagonalLinear(inner, config.mlstm_qkv_block_size, config.use_bias)
-        self.v_proj = BlockDiagonalLinear(inner, config.mlstm_qkv_block_size, config.use_bias)
+        self.q_proj = BlockDiagonalLinear(inner, config.mlstm_qkv_block_size, config.use_bias, std)
+        self.k_proj = BlockDiagonalLinear(inner, config.mlstm_qkv_block_size, config.use_bias, std)
+        self.v_proj = BlockDiagonalLinear(inner, config.mlstm_qkv_block_size, config.use_bias, std)
         self.skip = nn.Parameter(torch.empty(inner))
-        self.down_proj = nn.Linear(inner, config.hidden_size, bias=config.use_bias)
+        self.down_proj = Projection(inner, config.hidden_size, config.use_bias, wang_std(config))
         self.reset_parameters()
 
     def reset_parameters(self):
-        for projection in (self.up_proj, self.q_proj, self.k_proj, self.v_proj):
-            small_init_(projection.weight, self.config.hidden_size)
-        wang_init_(self.down_proj.weight, self.config.hidden_size, self.config.num_hidden_layers)
-        zero_biases_(self)
         init.ones_(self.skip)
-        if self.conv is not None:
-            self.conv.reset_parameters()
-        self._reset_gates(igate_mean=0.0, igate_std=0.1)
 
     def forward(
         self,
@@ -315,7 +325,7 @@ class MLSTMPreUpLayer(_MLSTMMixer):
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, LayerState]:
-        cell, conv = (None, None) if state is None else state
+        cell, conv = unpack_state(state, self.conv)
         x, z = self.up_proj(x).chunk(2, -1)
         c = x
         if self.conv is not None:
@@ -348,7 +358,7 @@ class SLSTMLayer(nn.Module):
 
     def reset_parameters(self):
         H, _, D = self.gate_bias.shape
-        small_init_(self.gate_weight, self.config.hidden_size)
+        init.normal_(self.gate_weight, std=small_std(self.config))
         bound = 1 / math.sqrt(self.config.hidden_size)
         if self.config.slstm_recurrent_init == "standard":
             init.uniform_(self.recurrent_weight, -bound, bound)
@@ -365,8 +375,6 @@ class SLSTMLayer(nn.Module):
             channel = torch.arange(D, device=bias.device) / max(1, D - 1)
             bias[:, 1] = 5 - 12 * channel ** (0.3 + 1.3 * depth)
         init.copy_(self.gate_bias, bias)
-        if self.conv is not None:
-            self.conv.reset_parameters()
 
     def forward(
         self,
@@ -376,13 +384,14 @@ class SLSTMLayer(nn.Module):
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, LayerState]:
-        cell, conv = (None, None) if state is None else state
+        cell, conv = unpack_state(state, self.conv)
         c = x
         if self.conv is not None:
             c, conv = self.conv(x, conv, mask=mask, cu_seqlens=cu_seqlens)
         gates = torch.cat((self._gates(c, 0), self._gates(x, 2)), -2) + self.gate_bias
-        if x.shape[1] == 1 and mask is None and cu_seqlens is None:
-            h, cell = slstm_step(gates.squeeze(1), self.recurrent_weight, cell, backend=self.backend)
+        if x.shape[1] == 1 and cu_seqlens is None:
+            options = {"mask": None if mask is None else mask[:, 0], "backend": self.backend}
+            h, cell = slstm_step(gates.squeeze(1), self.recurrent_weight, cell, **options)
             h = h.unsqueeze(1)
         else:
             options = {"mask": mask, "cu_seqlens": cu_seqlens, "backend": self.backend}
@@ -433,6 +442,11 @@ class XLSTMBlock(GradientCheckpointingLayer):
         return x, state
 
 
+INITIALISE_THEMSELVES = (
+    XLSTMNorm, HeadNorm, Projection, GateLinear, BlockDiagonalLinear, CausalConv1d, MLSTMPreUpLayer, SLSTMLayer,
+)  # fmt: skip
+
+
 class XLSTMPreTrainedModel(PreTrainedModel):
     """Initialisation, loading and the generation hooks of all xLSTM models."""
 
@@ -453,13 +467,13 @@ class XLSTMPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        if isinstance(module, nn.Embedding | nn.Linear):
-            small_init_(module.weight, self.config.hidden_size)
+        # Every module that has parameters of its own: Transformers passes over the others.
+        if isinstance(module, INITIALISE_THEMSELVES):
+            module.reset_parameters()
+        elif isinstance(module, nn.Embedding | nn.Linear):
+            init.normal_(module.weight, std=small_std(self.config))
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, XLSTMNorm | HeadNorm | GatedFeedForward | MLSTMLayer | MLSTMPreUpLayer | SLSTMLayer):
-            # after its children, which it initialises itself
-            module.reset_parameters()
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any):
@@ -530,19 +544,20 @@ class XLSTMModel(XLSTMPreTrainedModel):
         if inputs_embeds is None:
             _check_ids(input_ids, self.config.vocab_size)
             inputs_embeds = self.embed_tokens(input_ids)
-        elif inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != self.config.hidden_size:
-            got = tuple(inputs_embeds.shape)
-            raise ValueError(f"inputs_embeds must have shape [B, T, {self.config.hidden_size}], got {got}.")
+        else:
+            check_float("inputs_embeds", inputs_embeds, "B T D")
+            if inputs_embeds.shape[-1] != self.config.hidden_size:
+                got = tuple(inputs_embeds.shape)
+                raise ValueError(f"inputs_embeds must have shape [B, T, {self.config.hidden_size}], got {got}.")
         cache = past_key_values
         if cache is None and use_cache and not self.training:
             cache = XLSTMCache(self.config)
         if cache is not None:
             _check_cache(cache, self.config)
+            _check_checkpointing(self)
         B, T, _ = inputs_embeds.shape
-        if T == 0:
-            raise ValueError(f"The input must hold at least one token, got shape {tuple(inputs_embeds.shape)}.")
         mask = _padding_mask(attention_mask, B, T, cache)
-        cu_seqlens = _packed_bounds(kwargs, B, mask)
+        cu_seqlens = _packed_bounds(kwargs, inputs_embeds, mask)
         if cu_seqlens is not None and cache is not None:
             if past_key_values is not None:
                 raise ValueError("Packed sequences start from empty states, got past_key_values; unpack them to continue.")
@@ -562,12 +577,14 @@ class XLSTMModel(XLSTMPreTrainedModel):
 
 
 def _check_ids(input_ids: Tensor, vocab_size: int) -> None:
-    if input_ids.dim() != 2:
-        raise ValueError(f"input_ids must have shape [B, T], got {tuple(input_ids.shape)}.")
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(f"input_ids must be a tensor [B, T], got {type(input_ids).__name__}.")
+    if input_ids.dim() != 2 or 0 in input_ids.shape:
+        raise ValueError(f"input_ids must have shape [B, T] with at least one token, got {tuple(input_ids.shape)}.")
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"input_ids must be int64 or int32, got {input_ids.dtype}.")
     # On an accelerator the embedding itself stops at a wrong id; a check here would wait for it at every step.
-    if input_ids.device.type == "cpu" and input_ids.numel() and not torch.compiler.is_compiling():
+    if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = input_ids.min().item(), input_ids.max().item()
         if low < 0 or high >= vocab_size:
             raise IndexError(f"input_ids must be from 0 to {vocab_size - 1}, got values from {low} to {high}.")
@@ -579,6 +596,16 @@ def _check_cache(cache: Cache, config: XLSTMConfig) -> None:
     kinds = [layer.kind for layer in cache.layers]
     if kinds != config.block_types:
         raise ValueError(f"past_key_values must be of a model with blocks {config.block_types}, got blocks {kinds}.")
+
+
+def _check_checkpointing(model: XLSTMModel) -> None:
+    if not (model.training and model.gradient_checkpointing):
+        return
+    if getattr(model._gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+        raise ValueError(
+            "Gradient checkpointing must have use_reentrant=False to train through past_key_values, got "
+            "use_reentrant=True, which drops the gradient of the states."
+        )
 
 
 def _padding_mask(attention_mask: Tensor | None, B: int, T: int, cache: XLSTMCache | None) -> Tensor | None:
@@ -600,15 +627,30 @@ def _padding_mask(attention_mask: Tensor | None, B: int, T: int, cache: XLSTMCac
     return mask
 
 
-def _packed_bounds(kwargs: dict[str, Any], B: int, mask: Tensor | None) -> Tensor | None:
+def _packed_bounds(kwargs: dict[str, Any], x: Tensor, mask: Tensor | None) -> Tensor | None:
     """Boundaries of packed sequences, as collators give them."""
+    B, T, _ = x.shape
     bounds, positions = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
-    if bounds is None and positions is not None and B == 1 and mask is None and not torch.compiler.is_compiling():
-        starts = (positions[0] == 0).nonzero().flatten()
-        if (starts > 0).any():
-            ends = starts.new_tensor([0]), starts[starts > 0], starts.new_tensor([positions.shape[1]])
-            bounds = torch.cat(ends)
+    if bounds is None and positions is not None and mask is None and T > 1:
+        bounds = _restarts(positions, B, T)
+    check_sequence(B, T, x.device, mask, bounds)
     return None if bounds is None else bounds.to(torch.int32)
+
+
+def _restarts(positions: Tensor, B: int, T: int) -> Tensor | None:
+    """Boundaries of sequences whose positions restart at 0, None if there is only one."""
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "torch.compile cannot look for packed sequences in position_ids; give their boundaries as cu_seq_lens_q."
+        )
+    if positions.dim() != 2 or positions.shape[0] not in (1, B) or positions.shape[1] != T:
+        raise ValueError(f"position_ids must have shape [{B}, {T}] or [1, {T}], got {tuple(positions.shape)}.")
+    restarts = (positions[:, 1:] == 0).nonzero()[:, 1] + 1
+    if not len(restarts):
+        return None
+    if B > 1:
+        raise ValueError(f"Packed sequences need a batch of 1, got position_ids that restart in a batch of {B}.")
+    return torch.cat((restarts.new_tensor([0]), restarts, restarts.new_tensor([T])))
 
 
 def _replay(block: XLSTMBlock, x: Tensor, mask: Tensor | None):
@@ -638,6 +680,7 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache_params: XLSTMCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         r"""
@@ -658,6 +701,7 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache_params=cache_params,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -688,30 +732,47 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
             model_kwargs.setdefault("past_key_values", alias)
         if (cache := model_kwargs.get("past_key_values")) is not None:
             _check_cache(cache, self.config)
+            mask = model_kwargs.get("attention_mask")
+            # newer versions of Transformers drop a mask of ones, and note its length
+            length = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+            if length is not None and length <= cache.get_seq_length():
+                raise ValueError(
+                    "To continue, give the ids of the whole conversation, or the new ids with an attention_mask over "
+                    f"all of it; got {cache.get_seq_length()} tokens in past_key_values and {length} ids and mask columns."
+                )
             cache._is_user_defined = True
         elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = XLSTMCache(self.config)
+            if generation_config.is_assistant:  # whose drafts are taken back where the main model differs
+                model_kwargs["past_key_values"].activate_past_recording()
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
         """The padding mask as it is: there is no attention to mask."""
         return attention_mask
 
-    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):
-        if next_sequence_length is not None and next_sequence_length < 1:
-            length = kwargs["past_key_values"].get_seq_length()
-            raise ValueError(
-                "To continue, give the ids of the whole conversation, or the new ids with an attention_mask over all of "
-                f"it; got {length} tokens in past_key_values and {length + next_sequence_length} ids and mask columns."
-            )
-        return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As in Transformers, with padding moved to the left: the next token is read at the last position."""
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        mask = inputs.get("attention_mask")
+        if mask is None:
+            return inputs
+        name = "input_ids" if inputs.get("inputs_embeds") is None else "inputs_embeds"
+        x = inputs[name]
+        mask = mask[:, -x.shape[1] :]
+        order = torch.argsort(mask != 0, dim=1, stable=True)
+        rows = torch.arange(len(x), device=x.device)[:, None]
+        return {**inputs, name: x[rows, order], "attention_mask": mask.gather(1, order)}
 
 
 def _check_finite(logits: Tensor) -> None:
     """Outside training a NaN can only mean broken weights or inputs, and argmax would turn it into a wrong token."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or logits.device.type != "cpu":
         return
-    if not torch.isfinite(logits).all():
+    # the last position has seen all others through the states
+    if not torch.isfinite(logits[:, -1:]).all():
         raise FloatingPointError(
             "The logits must be finite, got NaN or infinity: a weight or an input is not finite, or overflows "
             f"{logits.dtype}."

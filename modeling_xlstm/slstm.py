@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .backends import resolve
 from .checks import check_float, check_like, check_sequence, state_dtype
-from .slstm_torch import SLSTMState
+from .slstm_torch import SLSTMState, hold_padding
 from .slstm_torch import slstm_scan as slstm_scan_torch
 from .slstm_torch import slstm_step as slstm_step_torch
 
@@ -57,7 +57,12 @@ def slstm_scan(
 
 
 def slstm_step(
-    gates: Tensor, R: Tensor, state: SLSTMState | None = None, *, backend: str = "auto"
+    gates: Tensor,
+    R: Tensor,
+    state: SLSTMState | None = None,
+    *,
+    mask: Tensor | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, SLSTMState]:
     """One time step of `slstm_scan`: the same inputs without the time axis.
 
@@ -65,6 +70,7 @@ def slstm_step(
         gates: `[B, H, 4, D]`.
         R: `[H, 4, D_out, D_in]`.
         state: State before the step; zeros when omitted. Differentiable, and not modified.
+        mask: `[B]` bool, False where the step is padding.
         backend: As in `slstm_scan`.
 
     Returns:
@@ -76,8 +82,12 @@ def slstm_step(
     check_float("gates", gates, "B H 4 D")
     _check_inputs(gates, R)
     resolve(backend, gates)
-    h, state = slstm_step_torch(gates, R, _check_state(state, gates, gates.shape[0]))
-    return h.to(gates.dtype), state
+    state = _check_state(state, gates, gates.shape[0])
+    _, new = slstm_step_torch(gates, R, state)
+    if mask is not None:
+        check_like("mask", mask, gates.shape[:1], gates.device, (torch.bool,))
+        new = hold_padding(new, state, mask)
+    return new.h.to(gates.dtype), new
 
 
 def _check_inputs(gates: Tensor, R: Tensor) -> None:
