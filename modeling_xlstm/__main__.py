@@ -128,7 +128,7 @@ def generate(args: argparse.Namespace) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, trust_remote_code=False)
         model.to(device)
         model.set_backend(args.backend)
-    except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, AssertionError, SafetensorError) as error:
         raise CommandError(f"{args.model} cannot be loaded on {args.device}: {reason(error)}") from error
 
     if args.seed is not None:
@@ -153,19 +153,21 @@ def read_headers(directory: str) -> tuple[int, set[str], int, int]:
     """Numbers, dtypes, bytes and files of the weights, from the headers of the files alone."""
     folder = Path(directory)
     index = folder / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     count, dtypes, size = 0, set(), 0
-    for name in sorted(names):
-        try:
+    try:
+        names = {"model.safetensors"}
+        if index.is_file():
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        for name in names:
             with safe_open(folder / name, framework="pt") as file:
                 tensors = [file.get_slice(key) for key in file.keys()]  # noqa: SIM118
-                count += sum(math.prod(tensor.get_shape()) for tensor in tensors)
-                dtypes |= {tensor.get_dtype() for tensor in tensors}
-        except (OSError, SafetensorError) as error:
-            raise CommandError(f"The weights {folder / name} cannot be read: {reason(error)}") from error
-        size += (folder / name).stat().st_size
+            count += sum(math.prod(tensor.get_shape()) for tensor in tensors)
+            dtypes |= {tensor.get_dtype() for tensor in tensors}
+            size += (folder / name).stat().st_size
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CommandError(f"The weights in {directory} cannot be read: {reason(error)}") from error
+    if not count:
+        raise CommandError(f"{directory} must hold the weights of an xLSTM, got files without any.")
     return count, dtypes, size, len(names)
 
 

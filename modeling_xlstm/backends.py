@@ -1,4 +1,4 @@
-"""Which implementation runs an op: the only place that asks what is installed.
+"""Which implementation runs an op: the only place that asks what is installed or built in.
 
 `"auto"` may choose, per call, from the device of the tensors. A name obeys or raises with the reason.
 """
@@ -7,6 +7,7 @@ import torch
 
 
 BACKENDS = ("auto", "torch", "triton")
+HAS_ONEDNN_LINEAR = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def resolve(requested: str, tensor: torch.Tensor) -> str:

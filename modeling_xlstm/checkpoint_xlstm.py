@@ -68,7 +68,9 @@ class Layout(NamedTuple):
     slstm: Rows
 
 
-def _large(embedding: str, projections: Rows, norm_bias: str | tuple = "backbone.out_norm.bias", **fixed) -> Layout:
+def _large(
+    embedding: str, projections: Rows, norm_bias: str | tuple = "backbone.out_norm.bias", **fixed: Any
+) -> Layout:
     return Layout(
         fixed={"mlstm_block": "post_up", "norm_type": "rms_norm", **fixed},
         top={

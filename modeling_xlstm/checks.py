@@ -1,5 +1,7 @@
 """Input validation shared by the public ops: one sentence with what, got and expected, so that kernels need no asserts."""
 
+import contextlib
+
 import torch
 
 
@@ -9,6 +11,13 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of states and accumulation for inputs of `dtype`: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
+    """A context without autocast: what is computed inside keeps the dtypes that it is written in."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def check_float(name: str, x: torch.Tensor, dims: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .backends import resolve
-from .checks import check_float, check_like, check_same_dtype, check_sequence, state_dtype
+from .checks import check_float, check_like, check_same_dtype, check_sequence, full_precision, state_dtype
 from .mlstm_torch import MLSTMState, hold_padding
 from .mlstm_torch import mlstm_chunkwise as mlstm_chunkwise_torch
 from .mlstm_torch import mlstm_step as mlstm_step_torch
@@ -66,7 +66,8 @@ def mlstm_chunkwise(
     resolve(backend, q)
     state = _check_state(state, q, v, sequences)
     igate, fgate = hold_padding(igate, fgate, mask)
-    h, *state = mlstm_chunkwise_torch(q, k, v, igate, fgate, *state, cu_seqlens, input_gate, chunk_size, eps)
+    with full_precision(q.device):
+        h, *state = mlstm_chunkwise_torch(q, k, v, igate, fgate, *state, cu_seqlens, input_gate, chunk_size, eps)
     return h, MLSTMState(*state)
 
 
@@ -105,7 +106,8 @@ def mlstm_step(
     if mask is not None:
         check_like("mask", mask, q.shape[:1], q.device, (torch.bool,))
         igate, fgate = hold_padding(igate, fgate, mask)
-    h, state = mlstm_step_torch(q, k, v, igate, fgate, state, input_gate, eps)
+    with full_precision(q.device):
+        h, state = mlstm_step_torch(q, k, v, igate, fgate, state, input_gate, eps)
     return h.to(v.dtype), state
 
 

@@ -20,6 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import full_precision
+
+
+# exp(-m), the least denominator, is not let grow further: h is zero there, and infinity would have no gradient.
+MAX_LOG_FLOOR = 80.0
+
 
 class MLSTMState(NamedTuple):
     """Recurrent state of an mLSTM cell, float32 (float64 for float64 inputs). A new sequence starts from zeros."""
@@ -49,8 +55,12 @@ def mlstm_step(
     C = torch.addcmul(f[..., None, None] * C, k[..., :, None], v[..., None, :])
     n = f[..., None] * n + k
     numerator = (q[..., None, :] @ C).squeeze(-2)
-    denominator = torch.maximum((q * n).sum(-1).abs(), torch.exp(-m_new)) + eps
+    denominator = torch.maximum((q * n).sum(-1).abs(), _floor(m_new)) + eps
     return numerator / denominator[..., None], MLSTMState(C, n, m_new)
+
+
+def _floor(m: Tensor) -> Tensor:
+    return torch.exp((-m).clamp(max=MAX_LOG_FLOOR))
 
 
 def mlstm_recurrent(
@@ -210,7 +220,7 @@ def mlstm_chunkwise(
     q_state = x.q * w.g[..., None]
     numerator = (S @ x.v).add_(q_state @ C_before)
     normaliser = S.sum(-1) + (q_state @ n_before[..., None]).squeeze(-1)
-    denominator = torch.maximum(normaliser.abs(), torch.exp(-w.m)) + eps
+    denominator = torch.maximum(normaliser.abs(), _floor(w.m)) + eps
     h = numerator.div_(denominator[..., None])
     return chunks.merge(h, v.dtype), C_last, n_last, m_last
 
@@ -243,7 +253,7 @@ def _mlstm_chunkwise_backward(
     S = P * w.W
     q_state = x.q * w.g[..., None]
     normaliser = S.sum(-1) + (q_state @ n_before[..., None]).squeeze(-1)
-    floor = torch.exp(-w.m)
+    floor = _floor(w.m)
     denominator = torch.maximum(normaliser.abs(), floor) + eps
 
     # 1. through h = numerator / denominator to the weights of tokens and states
@@ -319,9 +329,10 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dh, dC, dn, dm):
-    grads = _mlstm_chunkwise_backward(
-        dh, dC, dn, dm, *ctx.saved_tensors, ctx.input_gate, ctx.chunk_size, ctx.eps
-    )
+    with full_precision(dh.device):
+        grads = _mlstm_chunkwise_backward(
+            dh, dC, dn, dm, *ctx.saved_tensors, ctx.input_gate, ctx.chunk_size, ctx.eps
+        )
     return *grads, None, None, None, None
 
 

@@ -7,6 +7,7 @@ Papers: https://arxiv.org/abs/2405.04517 (xLSTM[a:b]) and https://arxiv.org/abs/
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,8 +30,9 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .backends import resolve
 from .cache_xlstm import LayerState, XLSTMCache
-from .checks import check_float, check_like, check_sequence, state_dtype
+from .checks import check_float, check_like, check_sequence, full_precision, state_dtype
 from .configuration_xlstm import XLSTMConfig
+from .linear import use_onednn
 from .mlstm import mlstm_chunkwise, mlstm_step
 from .mlstm_torch import MLSTMState
 from .slstm import slstm_scan, slstm_step
@@ -95,17 +97,19 @@ class HeadNorm(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-class Projection(nn.Linear):
-    """A linear map whose weight starts normal with standard deviation `std`, and whose bias from zero."""
+def init_linear_(weight: Tensor, bias: Tensor | None, std: float) -> None:
+    """A normal weight and no bias."""
+    init.normal_(weight, std=std)
+    if bias is not None:
+        init.zeros_(bias)
 
-    def __init__(self, inputs: int, outputs: int, bias: bool, std: float):
-        self.std = std
-        super().__init__(inputs, outputs, bias=bias)
 
-    def reset_parameters(self):
-        init.normal_(self.weight, std=self.std)
-        if self.bias is not None:
-            init.zeros_(self.bias)
+def projection(inputs: int, outputs: int, bias: bool, std: float) -> nn.Linear:
+    """A linear map that starts with standard deviation `std`. No class of its own: quantisers replace `nn.Linear` only."""
+    module = use_onednn(nn.Linear(inputs, outputs, bias=bias))
+    module.init_std = std  # type: ignore[assignment]
+    init_linear_(module.weight, module.bias, std)
+    return module
 
 
 class GateLinear(nn.Linear):
@@ -128,7 +132,7 @@ class GateLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         dtype = state_dtype(x.dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             return F.linear(x.to(dtype), self.weight.to(dtype), bias)
 
 
@@ -156,9 +160,7 @@ class BlockDiagonalLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        init.normal_(self.weight, std=self.std)
-        if self.bias is not None:
-            init.zeros_(self.bias)
+        init_linear_(self.weight, self.bias, self.std)
 
     def forward(self, x: Tensor) -> Tensor:
         blocks, out, _ = self.weight.shape
@@ -231,8 +233,8 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, config: XLSTMConfig, size: int, activation: str):
         super().__init__()
-        self.up_proj = Projection(config.hidden_size, 2 * size, config.use_bias, small_std(config))  # rows [gate | up]
-        self.down_proj = Projection(size, config.hidden_size, config.use_bias, wang_std(config))
+        self.up_proj = projection(config.hidden_size, 2 * size, config.use_bias, small_std(config))  # rows [gate | up]
+        self.down_proj = projection(size, config.hidden_size, config.use_bias, wang_std(config))
         self.activation = {"silu": F.silu, "gelu": F.gelu}[activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -279,8 +281,8 @@ class MLSTMLayer(_MLSTMMixer):
         super().__init__(config, config.hidden_size, igate_mean=-10.0, igate_std=0.0)
         self.splits = (config.qk_size, config.qk_size, config.inner_size, config.inner_size)
         # rows [q | k | v | o]
-        self.qkvo_proj = Projection(config.hidden_size, sum(self.splits), config.use_bias, small_std(config))
-        self.out_proj = Projection(config.inner_size, config.hidden_size, config.use_bias, wang_std(config))
+        self.qkvo_proj = projection(config.hidden_size, sum(self.splits), config.use_bias, small_std(config))
+        self.out_proj = projection(config.inner_size, config.hidden_size, config.use_bias, wang_std(config))
 
     def forward(
         self,
@@ -305,13 +307,13 @@ class MLSTMPreUpLayer(_MLSTMMixer):
     def __init__(self, config: XLSTMConfig):
         inner, std = config.inner_size, small_std(config)
         super().__init__(config, 3 * inner, igate_mean=0.0, igate_std=0.1)
-        self.up_proj = Projection(config.hidden_size, 2 * inner, config.use_bias, std)  # rows [x | z]
+        self.up_proj = projection(config.hidden_size, 2 * inner, config.use_bias, std)  # rows [x | z]
         self.conv = CausalConv1d(inner, config.conv_kernel_size) if config.conv_kernel_size else None
         self.q_proj = BlockDiagonalLinear(inner, config.mlstm_qkv_block_size, config.use_bias, std)
         self.k_proj = BlockDiagonalLinear(inner, config.mlstm_qkv_block_size, config.use_bias, std)
         self.v_proj = BlockDiagonalLinear(inner, config.mlstm_qkv_block_size, config.use_bias, std)
         self.skip = nn.Parameter(torch.empty(inner))
-        self.down_proj = Projection(inner, config.hidden_size, config.use_bias, wang_std(config))
+        self.down_proj = projection(inner, config.hidden_size, config.use_bias, wang_std(config))
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -443,7 +445,7 @@ class XLSTMBlock(GradientCheckpointingLayer):
 
 
 INITIALISE_THEMSELVES = (
-    XLSTMNorm, HeadNorm, Projection, GateLinear, BlockDiagonalLinear, CausalConv1d, MLSTMPreUpLayer, SLSTMLayer,
+    XLSTMNorm, HeadNorm, GateLinear, BlockDiagonalLinear, CausalConv1d, MLSTMPreUpLayer, SLSTMLayer,
 )  # fmt: skip
 
 
@@ -461,7 +463,8 @@ class XLSTMPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: XLSTMConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
-        gates = {"gate_proj"} if config.keep_gates_in_fp32 else set()
+        # A pattern from the start of a name, which is all that some quantisers look at.
+        gates = {".*gate_proj"} if config.keep_gates_in_fp32 else set()
         # The first is also what quantisers leave alone, the second what stays float32 in a bfloat16 model.
         self._keep_in_fp32_modules, self._keep_in_fp32_modules_strict = gates, set(gates)
 
@@ -471,9 +474,8 @@ class XLSTMPreTrainedModel(PreTrainedModel):
         if isinstance(module, INITIALISE_THEMSELVES):
             module.reset_parameters()
         elif isinstance(module, nn.Embedding | nn.Linear):
-            init.normal_(module.weight, std=small_std(self.config))
-            if getattr(module, "bias", None) is not None:
-                init.zeros_(module.bias)
+            std = getattr(module, "init_std", small_std(self.config))
+            init_linear_(module.weight, getattr(module, "bias", None), std)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any):
@@ -481,7 +483,9 @@ class XLSTMPreTrainedModel(PreTrainedModel):
         result = super().from_pretrained(*args, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
         for name, weight in model.named_parameters():
-            if weight.is_floating_point() and not weight.is_meta and not torch.isfinite(weight).all():
+            # quantised ones are of other classes, which may not know isfinite
+            checked = type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta
+            if checked and not torch.isfinite(weight).all():
                 raise ValueError(f"All weights of a checkpoint must be finite, got NaN or infinity in {name}.")
         return result
 
@@ -627,7 +631,7 @@ def _padding_mask(attention_mask: Tensor | None, B: int, T: int, cache: XLSTMCac
     return mask
 
 
-def _packed_bounds(kwargs: dict[str, Any], x: Tensor, mask: Tensor | None) -> Tensor | None:
+def _packed_bounds(kwargs: Mapping[str, Any], x: Tensor, mask: Tensor | None) -> Tensor | None:
     """Boundaries of packed sequences, as collators give them."""
     B, T, _ = x.shape
     bounds, positions = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
@@ -667,7 +671,7 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = XLSTMModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = use_onednn(nn.Linear(config.hidden_size, config.vocab_size, bias=False))
         self.post_init()
 
     @can_return_tuple
@@ -755,7 +759,8 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """As in Transformers, with padding moved to the left: the next token is read at the last position."""
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        kwargs["inputs_embeds"] = inputs_embeds
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc, arg-type]
         mask = inputs.get("attention_mask")
         if mask is None:
             return inputs

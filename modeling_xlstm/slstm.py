@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .backends import resolve
-from .checks import check_float, check_like, check_sequence, state_dtype
+from .checks import check_float, check_like, check_sequence, full_precision, state_dtype
 from .slstm_torch import SLSTMState, hold_padding
 from .slstm_torch import slstm_scan as slstm_scan_torch
 from .slstm_torch import slstm_step as slstm_step_torch
@@ -52,7 +52,8 @@ def slstm_scan(
     resolve(backend, gates)
     state = _check_state(state, gates, sequences)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (gates, R, *state))
-    h, *last, _, _ = slstm_scan_torch(gates, R, *state, mask, cu_seqlens, keep)
+    with full_precision(gates.device):
+        h, *last, _, _ = slstm_scan_torch(gates, R, *state, mask, cu_seqlens, keep)
     return h, SLSTMState(*last)
 
 
@@ -83,7 +84,8 @@ def slstm_step(
     _check_inputs(gates, R)
     resolve(backend, gates)
     state = _check_state(state, gates, gates.shape[0])
-    _, new = slstm_step_torch(gates, R, state)
+    with full_precision(gates.device):
+        _, new = slstm_step_torch(gates, R, state)
     if mask is not None:
         check_like("mask", mask, gates.shape[:1], gates.device, (torch.bool,))
         new = hold_padding(new, state, mask)

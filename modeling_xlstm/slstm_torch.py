@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import full_precision
+
 
 # Largest log weight of the state before the first step, where the stabiliser follows the input gate alone.
 MAX_LOG_WEIGHT = 80.0
@@ -268,7 +270,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dy, dh, dc, dn, dm, _d_pre, _d_after):
-    d_gates, *grads = _slstm_scan_backward(dy, dh, dc, dn, dm, *ctx.saved_tensors)
+    with full_precision(ctx.saved_tensors[0].device):
+        d_gates, *grads = _slstm_scan_backward(dy, dh, dc, dn, dm, *ctx.saved_tensors)
     return d_gates.to(ctx.dtype), *grads, None, None, None
 
 

@@ -1,0 +1,43 @@
+# Two commands set everything up in .venv and do something: `make demo` and `make test`. The rest is their parts.
+
+PYTHON ?= python3
+PROMPT ?= The with statement is used to
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+export PROMPT
+
+.PHONY: demo test check format clean
+
+demo: $(VENV)/installed-runtime  ## stream a continuation; make demo PROMPT="A generator is"
+	@$(BIN)/python -m modeling_xlstm generate --model checkpoints/xlstm-demo --prompt "$$PROMPT"
+
+test: check  ## everything that must pass before a change lands
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+check: $(VENV)/installed-test  ## lint, format, types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/installed-test  ## mend what can be mended by a tool
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+
+# A stamp is newer than what it was installed from, or the install runs again (pip then changes only what differs).
+$(VENV)/installed-runtime: setup.cfg constraints.txt pyproject.toml | $(BIN)/python
+	$(PIP_INSTALL) --editable .
+	@touch $@
+
+$(VENV)/installed-test: setup.cfg constraints.txt pyproject.toml | $(BIN)/python
+	$(PIP_INSTALL) --editable ".[test]"
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c "import ensurepip" 2>/dev/null || { \
+	  echo "$(PYTHON) cannot make a virtual environment: install Debian's package python3-venv, then try again." >&2; \
+	  exit 1; }
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,296 @@
+"""Bad input is refused in a sentence: what, got, expected. Nothing wrong comes out as a number."""
+
+import pytest
+import torch
+from models import TWO_KINDS, random_ids, tiny_config, tiny_model
+from transformers import DynamicCache
+
+from modeling_xlstm import MLSTMLayer, SLSTMLayer, XLSTMCache, XLSTMForCausalLM
+
+
+IDS = random_ids(2, 20)
+ONE = IDS[:1]
+EMBEDS = torch.zeros(2, 20, 32)
+
+# name: error, sentence, input
+INPUTS = {
+    "float ids": (TypeError, "input_ids must be int64 or int32, got torch.float32", {"input_ids": IDS.float()}),
+    "bool ids": (TypeError, "input_ids must be int64 or int32, got torch.bool", {"input_ids": IDS > 5}),
+    "int8 ids": (TypeError, "input_ids must be int64 or int32, got torch.int8", {"input_ids": IDS.to(torch.int8)}),
+    "list of ids": (TypeError, r"input_ids must be a tensor \[B, T\], got list", {"input_ids": IDS.tolist()}),
+    "ids without batch": (ValueError, r"input_ids must have shape \[B, T\].*, got \(20,\)", {"input_ids": IDS[0]}),
+    "ids with three axes": (ValueError, r"must have shape \[B, T\].*, got \(1, 2, 20\)", {"input_ids": IDS[None]}),
+    "no tokens": (ValueError, r"with at least one token, got \(2, 0\)", {"input_ids": IDS[:, :0]}),
+    "no rows": (ValueError, r"with at least one token, got \(0, 20\)", {"input_ids": IDS[:0]}),
+    "id too large": (
+        IndexError,
+        "input_ids must be from 0 to 98, got values from 10 to 99",
+        {"input_ids": torch.tensor([[10, 99]])},
+    ),
+    "negative id": (
+        IndexError,
+        "input_ids must be from 0 to 98, got values from -1 to 10",
+        {"input_ids": torch.tensor([[10, -1]])},
+    ),
+    "neither": (ValueError, "Exactly one of input_ids and inputs_embeds must be given, got neither", {}),
+    "both": (ValueError, "Exactly one of input_ids .*, got both", {"input_ids": IDS, "inputs_embeds": EMBEDS}),
+    "embeds of another width": (
+        ValueError,
+        r"must have shape \[B, T, 32\], got \(2, 20, 31\)",
+        {"inputs_embeds": EMBEDS[..., 1:]},
+    ),
+    "embeds of two axes": (
+        ValueError,
+        r"inputs_embeds must have the 3 axes \[B T D\], got shape \(20, 32\)",
+        {"inputs_embeds": EMBEDS[0]},
+    ),
+    "integer embeds": (
+        TypeError,
+        "inputs_embeds must be float16, .*, got torch.int64",
+        {"inputs_embeds": EMBEDS.long()},
+    ),
+    "empty embeds": (
+        ValueError,
+        r"inputs_embeds .* must not have an empty axis, got shape \(2, 0, 32\)",
+        {"inputs_embeds": EMBEDS[:, :0]},
+    ),
+    "mask of another length": (
+        ValueError,
+        r"attention_mask must be 20 or 0 \+ 20 long \(past and new tokens\), got 19",
+        {"input_ids": IDS, "attention_mask": torch.ones(2, 19)},
+    ),
+    "mask of another batch": (
+        ValueError,
+        r"attention_mask must have shape \[2, 20\] or \[2, past \+ 20\], got \(1, 20\)",
+        {"input_ids": IDS, "attention_mask": torch.ones(1, 20)},
+    ),
+    "mask of four axes": (
+        ValueError,
+        r"attention_mask must have shape .*, got \(2, 1, 20, 20\)",
+        {"input_ids": IDS, "attention_mask": torch.ones(2, 1, 20, 20)},
+    ),
+    "list as a mask": (
+        ValueError,
+        r"attention_mask must have shape .*, got list",
+        {"input_ids": IDS, "attention_mask": [[1] * 20] * 2},
+    ),
+    "attention cache": (
+        TypeError,
+        "past_key_values must be an XLSTMCache, got DynamicCache",
+        {"input_ids": IDS, "past_key_values": DynamicCache()},
+    ),
+    "tuple as a cache": (
+        TypeError,
+        "past_key_values must be an XLSTMCache, got tuple",
+        {"input_ids": IDS, "past_key_values": ()},
+    ),
+    "boundaries of a batch": (
+        ValueError,
+        "needs packed inputs with a batch of 1, got a batch of 2",
+        {"input_ids": IDS, "cu_seq_lens_q": torch.tensor([0, 20])},
+    ),
+    "boundaries that end early": (
+        ValueError,
+        r"must rise from 0 to the number of tokens, 20, got \[0, 5, 10\]",
+        {"input_ids": ONE, "cu_seq_lens_q": torch.tensor([0, 5, 10])},
+    ),
+    "boundaries that end late": (
+        ValueError,
+        r"must rise from 0 to the number of tokens, 20, got \[0, 30\]",
+        {"input_ids": ONE, "cu_seq_lens_q": torch.tensor([0, 30])},
+    ),
+    "boundaries that start late": (
+        ValueError,
+        r"must rise from 0 .*, got \[3, 20\]",
+        {"input_ids": ONE, "cu_seq_lens_q": torch.tensor([3, 20])},
+    ),
+    "boundaries that fall": (
+        ValueError,
+        r"must rise from 0 .*, got \[0, 15, 5, 20\]",
+        {"input_ids": ONE, "cu_seq_lens_q": torch.tensor([0, 15, 5, 20])},
+    ),
+    "boundaries of two axes": (
+        ValueError,
+        r"must have shape \[N \+ 1\] with N >= 1, got \(1, 2\)",
+        {"input_ids": ONE, "cu_seq_lens_q": torch.tensor([[0, 20]])},
+    ),
+    "boundaries between tokens": (
+        TypeError,
+        r"must be an int32 tensor \[N \+ 1\], got torch.float32",
+        {"input_ids": ONE, "cu_seq_lens_q": torch.tensor([0, 5.5, 20])},
+    ),
+    "list of boundaries": (
+        TypeError,
+        r"must be an int32 tensor \[N \+ 1\], got list",
+        {"input_ids": ONE, "cu_seq_lens_q": [0, 20]},
+    ),
+    "padding in packed sequences": (
+        ValueError,
+        "packed sequences have no padding",
+        {"input_ids": ONE, "cu_seq_lens_q": torch.tensor([0, 20]), "attention_mask": torch.tensor([[0] + [1] * 19])},
+    ),
+    "positions that restart in a batch": (
+        ValueError,
+        "Packed sequences need a batch of 1, got position_ids that restart in a batch of 2",
+        {"input_ids": IDS, "position_ids": torch.arange(20).expand(2, 20) % 7},
+    ),
+    "positions without batch": (
+        ValueError,
+        r"position_ids must have shape \[1, 20\] or \[1, 20\], got \(20,\)",
+        {"input_ids": ONE, "position_ids": torch.arange(20)},
+    ),
+    "positions of another length": (
+        ValueError,
+        r"position_ids must have shape .*, got \(1, 10\)",
+        {"input_ids": ONE, "position_ids": torch.arange(10)[None]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize("kind", TWO_KINDS)
+def test_a_bad_input_is_refused(kind, name):
+    error, sentence, kwargs = INPUTS[name]
+    with pytest.raises(error, match=sentence):
+        tiny_model(kind)(**kwargs)
+
+
+def test_a_mask_must_fit_the_past_and_the_new_tokens():
+    model = tiny_model("pre_up_slstm")
+    cache = model(IDS).past_key_values
+    with pytest.raises(ValueError, match=r"attention_mask must be 5 or 20 \+ 5 long .*, got 24"):
+        model(IDS[:, :5], attention_mask=torch.ones(2, 24), past_key_values=cache)
+
+
+@pytest.mark.parametrize("length", [1, 20])
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        ("post_up", r"state.C must have shape \(1, 2, 8, 16\), got \(2, 2, 8, 16\)"),
+        ("pre_up", r"the state of the convolution must have shape \(1, 3, 64\), got \(2, 3, 64\)"),
+        ("slstm", r"the state of the convolution must have shape \(1, 3, 32\), got \(2, 3, 32\)"),
+    ],
+)
+def test_the_state_of_another_batch_is_refused_and_left_as_it_was(kind, sentence, length):
+    model = tiny_model(kind)
+    cache = model(IDS).past_key_values
+    with pytest.raises(ValueError, match=sentence):
+        model(ONE[:, :length], past_key_values=cache)
+    assert cache.get_seq_length() == 20
+    model(IDS[:, :length], past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "sentence"),
+    [
+        ("slstm", {}, r"must be of a model with blocks \['mlstm', 'mlstm'\], got blocks \['slstm', 'slstm'\]"),
+        ("pre_up", {}, "state.conv must be None, got one: the state is of another model"),
+        ("post_up", {"hidden_size": 64}, r"state.C must have shape \(2, 2, 8, 16\), got \(2, 2, 16, 32\)"),
+        ("post_up", {"num_heads": 4}, r"state.C must have shape \(2, 2, 8, 16\), got \(2, 4, 4, 8\)"),
+    ],
+)
+def test_the_state_of_another_model_is_refused(kind, fields, sentence):
+    cache = tiny_model(kind, **fields)(IDS).past_key_values
+    with pytest.raises(ValueError, match=sentence):
+        tiny_model("post_up")(IDS, past_key_values=cache)
+
+
+def test_a_layer_refuses_the_state_of_another_kind():
+    x = torch.randn(2, 5, 32)
+    mlstm, slstm = MLSTMLayer(tiny_config("post_up")), SLSTMLayer(tiny_config("slstm", slstm_conv_kernel_size=0))
+    with pytest.raises(ValueError, match="state must be an MLSTMState of C, n and m, got 4 tensors"):
+        mlstm(x, slstm(x)[1])
+    with pytest.raises(ValueError, match="state must be an SLSTMState of h, c, n and m, got 3 tensors"):
+        slstm(x, mlstm(x)[1])
+
+
+def test_a_state_in_another_precision_is_refused():
+    model = tiny_model("post_up")
+    cache = model(IDS).past_key_values
+    for layer in cache.layers:
+        layer.state = layer.state.map(torch.Tensor.bfloat16)
+    with pytest.raises(TypeError, match="state.C must be one of torch.float32, got torch.bfloat16"):
+        model(IDS, past_key_values=cache)
+
+
+@pytest.mark.parametrize("boundaries", ["cu_seq_lens_q", "position_ids"])
+def test_packed_sequences_do_not_continue_a_cache(boundaries):
+    model = tiny_model("pre_up_slstm")
+    kwargs = {
+        "cu_seq_lens_q": {"cu_seq_lens_q": torch.tensor([0, 7, 20])},
+        "position_ids": {"position_ids": torch.tensor([[*range(7), *range(13)]])},
+    }[boundaries]
+    with pytest.raises(ValueError, match="Packed sequences start from empty states, got past_key_values; unpack them"):
+        model(ONE, past_key_values=XLSTMCache(model.config), **kwargs)
+
+
+def test_a_cache_is_given_once():
+    model = tiny_model()
+    cache = XLSTMCache(model.config)
+    with pytest.raises(
+        ValueError, match="Only one of past_key_values and its alias cache_params may be given, got both"
+    ):
+        model(IDS, past_key_values=cache, cache_params=cache)
+
+
+@pytest.mark.parametrize("kind", TWO_KINDS)
+def test_an_unknown_backend_is_refused_and_the_old_one_kept(kind):
+    model = tiny_model(kind)
+    with pytest.raises(ValueError, match="backend must be one of auto, torch, triton, got 'cuda'"):
+        model.set_backend("cuda")
+    assert model.config.backend == "auto"
+    model(IDS)
+
+
+@pytest.mark.parametrize("kind", ["post_up", "pre_up", "slstm"])
+def test_triton_on_a_cpu_is_refused_with_the_reason(kind):
+    sentence = "backend 'triton' was requested for tensors on cpu"
+    model = tiny_model(kind)
+    with pytest.raises(NotImplementedError, match=sentence):
+        model.set_backend("triton")
+    assert model.config.backend == "auto"
+    model = XLSTMForCausalLM(tiny_config(kind, backend="triton"))
+    for ids in (IDS, IDS[:, :1]):
+        with pytest.raises(NotImplementedError, match=sentence):
+            model(ids)
+    with pytest.raises(NotImplementedError, match=sentence):
+        model.generate(IDS, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", TWO_KINDS)
+def test_logits_that_are_not_finite_are_refused_outside_training(kind, value):
+    model = tiny_model(kind)
+    with torch.no_grad():
+        model.model.layers[1].mixer_norm.weight[3] = value
+    sentence = (
+        "The logits must be finite, got NaN or infinity: a weight or an input is not finite, or overflows torch.float32"
+    )
+    with torch.no_grad(), pytest.raises(FloatingPointError, match=sentence):
+        model(IDS)
+    with pytest.raises(FloatingPointError, match=sentence):
+        model.generate(IDS, max_new_tokens=2)
+    with torch.no_grad(), pytest.raises(FloatingPointError, match=sentence):
+        tiny_model(kind)(inputs_embeds=torch.full((1, 3, 32), value))
+
+
+def test_training_may_meet_infinite_logits():
+    model = tiny_model().train()  # a loss scaler lowers its scale then
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    assert model(IDS, labels=IDS).loss.isnan()
+
+
+def test_generate_refuses_other_caches():
+    model = tiny_model()
+    with pytest.raises(TypeError, match="past_key_values must be an XLSTMCache, got DynamicCache"):
+        model.generate(IDS, past_key_values=DynamicCache(), max_new_tokens=2)
+    with pytest.raises(
+        ValueError, match="cache_implementation must be None, 'dynamic' or 'static' .*, got 'quantized'"
+    ):
+        model.generate(IDS, cache_implementation="quantized", max_new_tokens=2)
+
+
+def test_a_misspelt_argument_of_generate_is_refused():
+    with pytest.raises(ValueError, match="attention_maks"):
+        tiny_model().generate(IDS, attention_maks=torch.ones_like(IDS), max_new_tokens=2)

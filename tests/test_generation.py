@@ -1,0 +1,341 @@
+"""`generate` in all its modes gives what a model without cache gives, in one go or over the turns of a conversation."""
+
+import threading
+
+import pytest
+import torch
+from models import KINDS, TWO_KINDS, VOCAB, assert_near, random_ids, tiny_config, tiny_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, TextIteratorStreamer, TextStreamer, pipeline
+from transformers.generation.streamers import BaseStreamer
+
+from modeling_xlstm import XLSTMCache
+
+
+def letters_tokenizer():
+    """A tokenizer whose every token but 0 and 1 is one printable character."""
+    letters = [chr(i) for i in range(32, 127)] + ["é", "ü"]
+    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "<pad>": 1, **dict(zip(letters, range(2, VOCAB), strict=True))}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", unk_token="<s>", pad_token="<pad>", padding_side="left"
+    )
+
+
+def greedy(model, ids, tokens, **kwargs):
+    return model.generate(ids, max_new_tokens=tokens, do_sample=False, **kwargs)
+
+
+def left_padded(texts):
+    """A batch of texts of different lengths, and its mask."""
+    T = max(map(len, texts))
+    ids = torch.stack([torch.cat((torch.ones(T - len(text), dtype=torch.long), text)) for text in texts])
+    mask = torch.stack([torch.cat((torch.zeros(T - len(t), dtype=torch.long), torch.ones_like(t))) for t in texts])
+    return ids, mask
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_text_is_that_of_full_passes(kind):
+    model, ids = tiny_model(kind), random_ids(2, 7)
+    expected = ids
+    with torch.no_grad():
+        for _ in range(40):
+            expected = torch.cat((expected, model(expected).logits[:, -1:].argmax(-1)), 1)
+    assert len(expected.unique()) > 20  # not a text that repeats itself
+    assert torch.equal(greedy(model, ids, 40), expected)
+    assert torch.equal(greedy(model, ids, 40, use_cache=False), expected)
+
+
+@pytest.mark.parametrize("kind", TWO_KINDS)
+def test_sampling_draws_the_same_with_and_without_cache(kind):
+    model, ids = tiny_model(kind), random_ids(2, 7)
+    texts = []
+    for use_cache in (True, False):
+        torch.manual_seed(7)
+        options = {"do_sample": True, "temperature": 1.5, "top_p": 0.9, "num_return_sequences": 3}
+        texts.append(model.generate(ids, max_new_tokens=20, use_cache=use_cache, **options))
+    assert texts[0].shape == (6, 27)
+    assert torch.equal(*texts)
+    assert len(texts[0].unique(dim=0)) == 6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_beam_search_finds_the_same_with_and_without_cache(kind):
+    model, ids = tiny_model(kind), random_ids(2, 7)
+    options = {"num_beams": 4, "num_return_sequences": 2, "max_new_tokens": 12, "do_sample": False}
+    with_cache, without = (model.generate(ids, use_cache=use_cache, **options) for use_cache in (True, False))
+    assert with_cache.shape == (4, 19)
+    assert torch.equal(with_cache, without)
+    assert not torch.equal(with_cache[::2], greedy(model, ids, 12))
+
+
+@pytest.mark.parametrize("kind", TWO_KINDS)
+def test_beam_search_of_a_padded_batch_is_that_of_each_text(kind):
+    model, texts = tiny_model(kind), [random_ids(1, length, seed=length)[0] for length in (4, 11)]
+    ids, mask = left_padded(texts)
+    together = model.generate(ids, attention_mask=mask, num_beams=3, max_new_tokens=12, do_sample=False)
+    for text, row in zip(texts, together, strict=True):
+        alone = model.generate(text[None], num_beams=3, max_new_tokens=12, do_sample=False)
+        assert torch.equal(row[-12:], alone[0, -12:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_padded_batch_generates_what_each_text_generates_alone(kind):
+    model, texts = tiny_model(kind), [random_ids(1, length, seed=length)[0] for length in (1, 5, 19)]
+    ids, mask = left_padded(texts)
+    left = greedy(model, ids, 20, attention_mask=mask)[:, -20:]
+    inferred = greedy(model, ids, 20)[:, -20:]  # from the padding token
+    right_ids = torch.stack([row.roll(-int(pad)) for row, pad in zip(ids, (1 - mask).sum(1), strict=True)])
+    right = greedy(model, right_ids, 20, attention_mask=mask.flip(1))[:, -20:]
+    for i, text in enumerate(texts):
+        alone = greedy(model, text[None], 20)[0, -20:]
+        assert torch.equal(left[i], alone)
+        assert torch.equal(inferred[i], alone)
+        assert torch.equal(right[i], alone)
+
+
+@pytest.mark.parametrize("kind", TWO_KINDS)
+def test_embeddings_generate_what_their_ids_generate(kind):
+    model, texts = tiny_model(kind), [random_ids(1, length, seed=length)[0] for length in (5, 19)]
+    ids, mask = left_padded(texts)
+    embeds = model.get_input_embeddings()(ids)
+    expected = greedy(model, ids, 15, attention_mask=mask)[:, -15:]
+    assert torch.equal(greedy(model, None, 15, inputs_embeds=embeds, attention_mask=mask), expected)
+    beams = {"num_beams": 3, "attention_mask": mask}
+    expected = greedy(model, ids, 15, **beams)[:, -15:]
+    assert torch.equal(greedy(model, None, 15, inputs_embeds=embeds, **beams), expected)
+
+
+@pytest.mark.parametrize("size", [1, 7, 20, 100])
+@pytest.mark.parametrize("kind", TWO_KINDS)
+def test_a_prompt_read_in_pieces_generates_the_same(kind, size):
+    model, texts = tiny_model(kind), [random_ids(1, length, seed=length)[0] for length in (9, 33)]
+    ids, mask = left_padded(texts)
+    expected = greedy(model, ids, 10, attention_mask=mask)
+    assert torch.equal(greedy(model, ids, 10, attention_mask=mask, prefill_chunk_size=size), expected)
+    assert torch.equal(greedy(model, ids[1:], 10, prefill_chunk_size=size), expected[1:])
+
+
+@pytest.mark.parametrize("implementation", ["dynamic", "static"])
+def test_any_named_cache_is_the_recurrent_one(implementation):
+    model, ids = tiny_model("pre_up_slstm"), random_ids(2, 7)
+    output = greedy(model, ids, 10, cache_implementation=implementation, return_dict_in_generate=True)
+    assert isinstance(output.past_key_values, XLSTMCache)
+    assert torch.equal(output.sequences, greedy(model, ids, 10))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", TWO_KINDS)
+def test_scores_logits_and_hidden_states_are_those_of_a_full_pass(kind):
+    model, ids = tiny_model(kind), random_ids(2, 7)
+    wanted = {"output_scores": True, "output_logits": True, "output_hidden_states": True}
+    output = greedy(model, ids, 6, return_dict_in_generate=True, **wanted)
+    full = model(output.sequences[:, :-1], output_hidden_states=True)
+    assert_near(torch.stack(output.scores, 1), full.logits[:, 6:])
+    assert_near(torch.stack(output.logits, 1), full.logits[:, 6:])
+    assert len(output.hidden_states) == 6
+    for layer in range(model.config.num_hidden_layers + 1):
+        pieces = torch.cat([step[layer] for step in output.hidden_states], 1)
+        assert_near(pieces, full.hidden_states[layer])
+
+
+def test_the_end_of_text_stops_each_row():
+    model, ids = tiny_model("pre_up_slstm"), random_ids(3, 7)
+    free = greedy(model, ids, 20)
+    stopped = greedy(model, ids, 20, eos_token_id=int(free[1, 10]))
+    length = stopped.shape[1]
+    assert (stopped[1, 11:] == 1).all()
+    for row, expected in zip(stopped, free, strict=True):
+        kept = row != 1
+        assert torch.equal(row[kept], expected[:length][kept])
+
+
+class Collect(BaseStreamer):
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, value):
+        self.tokens.extend(value.flatten().tolist())
+
+    def end(self):
+        self.ended = True
+
+
+def test_a_streamer_gets_every_token_in_order():
+    model, ids, streamer = tiny_model("pre_up_slstm"), random_ids(1, 7), Collect()
+    output = greedy(model, ids, 15, streamer=streamer)
+    assert streamer.tokens == output[0].tolist()
+    assert streamer.ended
+
+
+def test_text_streamers_print_and_yield_the_text(capsys):
+    model, ids, tokenizer = tiny_model("pre_up_slstm"), random_ids(1, 7), letters_tokenizer()
+    text = tokenizer.decode(greedy(model, ids, 30)[0, 7:])
+    greedy(model, ids, 30, streamer=TextStreamer(tokenizer, skip_prompt=True))
+    assert capsys.readouterr().out == text + "\n"
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+    thread = threading.Thread(target=greedy, args=(model, ids, 30), kwargs={"streamer": streamer})
+    thread.start()
+    pieces = list(streamer)
+    thread.join()
+    assert "".join(pieces) == text
+
+
+def test_a_stop_string_ends_the_text():
+    model, ids, tokenizer = tiny_model("pre_up_slstm"), random_ids(1, 7), letters_tokenizer()
+    free = greedy(model, ids, 20)
+    stop = tokenizer.decode(free[0, 11:13])
+    stopped = greedy(model, ids, 20, stop_strings=[stop], tokenizer=tokenizer)
+    assert torch.equal(stopped, free[:, :13])
+
+
+@pytest.mark.parametrize("kind", TWO_KINDS)
+def test_the_text_generation_pipeline_completes_texts_of_different_lengths(kind):
+    model, tokenizer = tiny_model(kind), letters_tokenizer()
+    prompts = ["Once upon", "A", "The state of an xLSTM is "]
+    generate = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    options = {"max_new_tokens": 10, "do_sample": False, "return_full_text": False}
+    expected = [
+        tokenizer.decode(greedy(model, torch.tensor([tokenizer(prompt)["input_ids"]]), 10)[0, -10:])
+        for prompt in prompts
+    ]
+    for batch_size in (1, 3):
+        outputs = generate(prompts, batch_size=batch_size, **options)
+        assert [output[0]["generated_text"] for output in outputs] == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompt_lookup_writes_the_same_text(kind):
+    model = tiny_model(kind)
+    ids = random_ids(1, 8).repeat(1, 3)
+    assert torch.equal(greedy(model, ids, 40, prompt_lookup_num_tokens=4), greedy(model, ids, 40))
+
+
+class CountingModel:
+    """Counts the forward passes of a model, and its draft tokens."""
+
+    def __init__(self, model):
+        self.lengths = []
+        self.handle = model.register_forward_pre_hook(self.hook, with_kwargs=True)
+
+    def hook(self, module, args, kwargs):
+        self.lengths.append(kwargs["input_ids"].shape[1])
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["drafts all accepted", "drafts mostly refused"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_assistant_speeds_up_the_same_text(kind, same):
+    model, ids = tiny_model(kind), random_ids(1, 8)
+    assistant = tiny_model(kind if same else "post_up", hidden_size=32 if same else 16)
+    assistant.generation_config.assistant_confidence_threshold = 0  # drafts are as long as they may
+    expected = greedy(model, ids, 30)
+    passes = CountingModel(model)
+    assert torch.equal(greedy(model, ids, 30, assistant_model=assistant), expected)
+    if same:
+        assert len(passes.lengths) < 10
+    assert max(passes.lengths[1:]) > 1
+
+
+TURNS = (9, 1, 14)
+
+
+def converse(model, turns, masks=None, give="full ids", **options):
+    """All ids after turns of a user and of the model, with the cache returned from turn to turn."""
+    text, mask = turns[0][:, :0], turns[0][:, :0]
+    cache = None
+    for i, turn in enumerate(turns):
+        text = torch.cat((text, turn), 1)
+        mask = torch.cat((mask, torch.ones_like(turn) if masks is None else masks[i]), 1)
+        kwargs = {"past_key_values": cache, "return_dict_in_generate": True, **options}
+        if give == "new ids" and cache is not None:
+            new = text[:, cache.get_seq_length() :]
+            output = greedy(model, new, 8, attention_mask=mask, **kwargs)
+            new_tokens = output.sequences[:, new.shape[1] :]
+        else:
+            output = greedy(model, text, 8, attention_mask=mask, **kwargs)
+            new_tokens = output.sequences[:, text.shape[1] :]
+        text = torch.cat((text, new_tokens), 1)
+        mask = torch.cat((mask, torch.ones_like(new_tokens)), 1)
+        cache = output.past_key_values
+        assert cache.get_seq_length() == text.shape[1] - 1
+    return text, mask
+
+
+def from_scratch(model, turns):
+    text = turns[0][:, :0]
+    for turn in turns:
+        text = greedy(model, torch.cat((text, turn), 1), 8, use_cache=False)
+    return text
+
+
+@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 4}], ids=["at once", "in pieces"])
+@pytest.mark.parametrize("give", ["full ids", "new ids"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_conversation_with_the_returned_cache_is_the_one_from_scratch(kind, give, options):
+    model = tiny_model(kind)
+    turns = [random_ids(2, length, seed=length) for length in TURNS]
+    text, _ = converse(model, turns, give=give, **options)
+    assert torch.equal(text, from_scratch(model, turns))
+
+
+@pytest.mark.parametrize("give", ["full ids", "new ids"])
+@pytest.mark.parametrize("kind", TWO_KINDS)
+def test_a_padded_batch_of_conversations_is_each_one_from_scratch(kind, give):
+    model = tiny_model(kind)
+    turns, masks = [], []
+    for length in TURNS:
+        ids, mask = left_padded([random_ids(1, length, seed=length)[0], random_ids(1, 1 + length // 3, seed=50)[0]])
+        turns.append(ids)
+        masks.append(mask)
+    text, mask = converse(model, turns, masks, give=give)
+    for i in range(2):
+        alone = from_scratch(model, [turn[i, m[i].bool()][None] for turn, m in zip(turns, masks, strict=True)])
+        assert torch.equal(text[i, mask[i].bool()], alone[0])
+
+
+def test_the_cache_may_be_called_cache_params_in_generate():
+    model, ids = tiny_model("pre_up_slstm"), random_ids(2, 12)
+    cache = XLSTMCache(model.config)
+    with torch.no_grad():
+        model(ids[:, :8], past_key_values=cache)
+    assert torch.equal(greedy(model, ids, 5, cache_params=cache), greedy(model, ids, 5))
+    assert cache.get_seq_length() == 16
+
+
+@pytest.mark.parametrize("kind", TWO_KINDS)
+def test_a_prompt_read_once_serves_several_continuations(kind):
+    model, prompt = tiny_model(kind), random_ids(1, 20)
+    with torch.no_grad():
+        cache = model(prompt).past_key_values
+    cache.batch_repeat_interleave(3)
+    questions = random_ids(3, 4, seed=1)
+    texts = torch.cat((prompt.expand(3, -1), questions), 1)
+    assert torch.equal(greedy(model, texts, 10, past_key_values=cache), greedy(model, texts, 10))
+
+
+@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 4}, {"num_beams": 2}], ids=str)
+@pytest.mark.parametrize("length", [5, 19, 20])
+def test_new_ids_without_a_mask_over_all_are_refused(length, options):
+    model = tiny_model("pre_up_slstm")
+    with torch.no_grad():
+        cache = model(random_ids(2, 20)).past_key_values
+    message = (
+        "give the ids of the whole conversation, or the new ids with an attention_mask over all of it; "
+        f"got 20 tokens in past_key_values and {length} ids and mask columns"
+    )
+    with pytest.raises(ValueError, match=message):
+        greedy(model, random_ids(2, length), 5, past_key_values=cache, **options)
+
+
+def test_a_bfloat16_model_generates_with_a_float32_state():
+    model, ids = tiny_model("pre_up_slstm").bfloat16(), random_ids(2, 7)
+    output = greedy(model, ids, 10, return_dict_in_generate=True)
+    assert output.sequences.shape == (2, 17)
+    assert {t.dtype for layer in output.past_key_values.layers for t in layer.state.cell} == {torch.float32}
+
+
+def test_generation_starts_from_the_beginning_token_without_a_prompt():
+    model = tiny_model("pre_up_slstm")
+    assert torch.equal(model.generate(max_new_tokens=6, do_sample=False), greedy(model, torch.tensor([[0]]), 6))
+    assert tiny_config().bos_token_id == 0
