@@ -1,12 +1,12 @@
 """Whole models on a CPU beside their peers: `python -m benchmarks.cpu [--rounds N] [--csv FILE]`.
 
-Every peer runs every measurement once a round, in turn, so that all see the same machine; a ratio is the median over the
-rounds of peer time / our time. The tests that show that our models compute the same as the peers run first, and nothing is
-printed if they fail.
+Every peer runs every measurement once a round, in turn, so that all see the same machine; a ratio is the median over
+the rounds of peer time / our time. The tests that show that our models compute the same as the peers run first, and
+nothing is printed if they fail.
 
 Models of 47 M parameters (width 512, 12 blocks, vocabulary 8192) predict the last token of a prompt of 512 (`prefill`),
-continue it by 16 tokens, one at a time (`decode`), and take AdamW steps on 4 x 512 tokens (`train`). Stacks of the first
-paper (width 512, 6 blocks) only train.
+continue it by 16 tokens, one at a time (`decode`), and take AdamW steps on 4 x 512 tokens (`train`). Stacks of the
+first paper (width 512, 6 blocks) only train.
 """
 
 import argparse

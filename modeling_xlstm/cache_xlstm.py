@@ -1,7 +1,7 @@
 """Recurrent cache: one state a layer, of constant size whatever the length of the text.
 
-States are float32 whatever the dtype of the model, and stay at the same addresses from step to step outside training, so
-that a compiled decode step can be replayed. Under autograd they are replaced instead, which keeps them differentiable.
+States are float32 whatever the dtype of the model, and stay at the same addresses from step to step outside training,
+so that a compiled decode step can be replayed. Under autograd they are replaced instead, and stay differentiable.
 """
 
 import json
@@ -21,7 +21,7 @@ from .slstm_torch import SLSTMState
 
 
 class LayerState(NamedTuple):
-    """State of one mixer: its cell, and the last inputs of its causal convolution `[B, kernel - 1, channels]`, if any."""
+    """State of one mixer: its cell, and the last inputs `[B, kernel - 1, channels]` of its convolution, if any."""
 
     cell: MLSTMState | SLSTMState
     conv: Tensor | None = None
@@ -128,7 +128,7 @@ class XLSTMCacheLayer:
         self.records.append(Record(before, tokens, lambda k: replay(before, k)))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes back the last `-tokens_to_remove` tokens by replay from the recorded states, and forgets the records."""
+        """Takes back the last `-tokens_to_remove` tokens by replay from recorded states, and forgets the records."""
         remove = -tokens_to_remove
         recorded = sum(record.tokens for record in self.records)
         if not 0 <= remove <= recorded:
@@ -159,14 +159,14 @@ class XLSTMCache(Cache):
     The state of layer i is `cache.layers[i].state`, a `LayerState` of float32 tensors, `None` before the first token.
     """
 
-    layers: list[XLSTMCacheLayer]
+    layers: list[XLSTMCacheLayer]  # type: ignore[assignment]
 
     def __init__(self, config: XLSTMConfig):
-        super().__init__(layers=[XLSTMCacheLayer(kind) for kind in config.block_types])
+        super().__init__(layers=[XLSTMCacheLayer(kind) for kind in config.block_types])  # type: ignore[misc]
         # A tensor, so that counting tokens does not recompile a decode step.
         self.seen_tokens = torch.zeros((), dtype=torch.int64)
 
-    def update(self, state: LayerState, layer_idx: int) -> None:
+    def update(self, state: LayerState, layer_idx: int) -> None:  # type: ignore[override]
         """Stores the state of a layer after a forward pass."""
         self.layers[layer_idx].update(state)
 

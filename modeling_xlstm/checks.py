@@ -1,6 +1,7 @@
-"""Input validation shared by the public ops: one sentence with what, got and expected, so that kernels need no asserts."""
+"""Input validation shared by the public ops: a sentence with what, got and expected. Kernels need no asserts."""
 
 import contextlib
+from itertools import pairwise
 
 import torch
 
@@ -69,6 +70,6 @@ def check_sequence(batch: int, time: int, device: torch.device, mask, cu_seqlens
         raise ValueError(f"cu_seqlens must have shape [N + 1] with N >= 1, got {tuple(cu_seqlens.shape)}.")
     if not torch.compiler.is_compiling():
         bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != time or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
+        if bounds[0] != 0 or bounds[-1] != time or any(a > b for a, b in pairwise(bounds)):
             raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {time}, got {bounds}.")
     return cu_seqlens.numel() - 1

@@ -1,7 +1,7 @@
 """Configuration of the xLSTM family: every field, the sizes derived from them, and what is refused.
 
-The defaults describe xLSTM-7B (https://arxiv.org/abs/2503.13427). `XLSTMConfig.from_ratio` describes the xLSTM[a:b] stacks
-of the first paper (https://arxiv.org/abs/2405.04517), and `XLSTMConfig.preset` the published sizes of both.
+The defaults describe xLSTM-7B (https://arxiv.org/abs/2503.13427). `XLSTMConfig.from_ratio` describes the xLSTM[a:b]
+stacks of the first paper (https://arxiv.org/abs/2405.04517), and `XLSTMConfig.preset` the published sizes of both.
 """
 
 import math
@@ -59,21 +59,21 @@ class XLSTMConfig(PreTrainedConfig):
         num_heads (`int`, *optional*, defaults to 8): Heads of every mLSTM cell.
         block_types (`list[str]`, *optional*): `"mlstm"` or `"slstm"` for each block. All mLSTM when omitted.
         mlstm_block (`str`, *optional*, defaults to `"post_up"`):
-            Residual block around the mLSTM cell. `"post_up"`: dense q, k, v and sigmoid output gate at model width, then
-            a SwiGLU feed-forward (xLSTM-7B). `"pre_up"`: up-projection, causal convolution, block-diagonal q, k, v,
-            learnable skip, SiLU gate, no feed-forward (first paper).
+            Residual block around the mLSTM cell. `"post_up"`: dense q, k, v and sigmoid output gate at model width,
+            then a SwiGLU feed-forward (xLSTM-7B). `"pre_up"`: up-projection, causal convolution, block-diagonal q, k
+            and v, learnable skip, SiLU gate, no feed-forward (first paper).
         mlstm_input_gate (`str`, *optional*, defaults to `"exp"`):
             `"exp"` or `"sigmoid"` (mLSTMsig, https://arxiv.org/abs/2503.14376).
         qk_dim_factor, v_dim_factor (`float`, *optional*, defaults to 0.5 and 1.0):
             Width of all queries (keys) and of all values relative to `hidden_size`; `"post_up"` only.
-        mlstm_proj_factor (`float`, *optional*, defaults to 2.0): Inner width relative to `hidden_size`; `"pre_up"` only.
+        mlstm_proj_factor (`float`, *optional*, defaults to 2.0): Inner width over `hidden_size`; `"pre_up"` only.
         mlstm_qkv_block_size (`int`, *optional*, defaults to 4): Block of the block-diagonal q, k, v; `"pre_up"` only.
         conv_kernel_size (`int`, *optional*, defaults to 4): Causal convolution of `"pre_up"` blocks, 0 for none.
         ffn_proj_factor (`float`, *optional*, defaults to 2.667): Feed-forward width of `"post_up"` blocks.
         ffn_round_up_to_multiple_of (`int`, *optional*, defaults to 64): Rounding of the widths given by factors.
         slstm_num_heads (`int`, *optional*): Heads of every sLSTM cell, `num_heads` when omitted.
-        slstm_conv_kernel_size (`int`, *optional*, defaults to 4): Causal convolution before the i and f gates, 0 for none.
-        slstm_ffn_proj_factor (`float`, *optional*, defaults to 1.3): GeGLU width of sLSTM blocks, 0 for no feed-forward.
+        slstm_conv_kernel_size (`int`, *optional*, defaults to 4): Convolution before the i and f gates, 0 for none.
+        slstm_ffn_proj_factor (`float`, *optional*, defaults to 1.3): GeGLU of sLSTM blocks, 0 for no feed-forward.
         slstm_bias_init (`str`, *optional*, defaults to `"powerlaw_blockdependent"`):
             Forget-gate bias at initialisation; also `"small_init"`, `"zeros"`, `"standard"`.
         slstm_recurrent_init (`str`, *optional*, defaults to `"zeros"`): Recurrent weights, also `"standard"`.
@@ -232,7 +232,8 @@ class XLSTMConfig(PreTrainedConfig):
             raise ValueError(f"dropout must be at least 0 and less than 1, got {self.dropout}.")
         if len(self.block_types) != self.num_hidden_layers:
             raise ValueError(
-                f"block_types must have num_hidden_layers = {self.num_hidden_layers} entries, got {len(self.block_types)}."
+                f"block_types must have num_hidden_layers = {self.num_hidden_layers} entries, "
+                f"got {len(self.block_types)}."
             )
         for i, kind in enumerate(self.block_types):
             if kind not in ("mlstm", "slstm"):

@@ -56,7 +56,7 @@ def _forward(module: nn.Linear, x: Tensor) -> Tensor:
 
 
 def use_onednn(module: nn.Linear) -> nn.Linear:
-    """Sends plain float32 tensors on a CPU through oneDNN. The class stays `nn.Linear`, the only one quantisers replace."""
+    """Sends plain float32 tensors on a CPU through oneDNN. The class stays: quantisers replace only `nn.Linear`."""
     if HAS_ONEDNN_LINEAR:
-        module.forward = partial(_forward, module)
+        module.forward = partial(_forward, module)  # type: ignore[method-assign]
     return module

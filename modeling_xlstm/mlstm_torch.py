@@ -10,10 +10,11 @@ Paper: https://arxiv.org/abs/2405.04517, equations 19 to 27, stabilised as in it
 | `h` | output before the output gate | h̃_t |
 
 Dims: `B` batch `T` time `H` heads `K` query and key dim `V` value dim `N` chunks `L` chunk length. All arithmetic is in
-float32, or float64 if the inputs are. The backward pass recomputes what the forward pass had, so that only inputs are kept.
+float32, or float64 if the inputs are. The backward pass recomputes what the forward pass had: only inputs are kept.
 """
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -75,7 +76,7 @@ def mlstm_recurrent(
 
 
 def hold_padding(igate: Tensor, fgate: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Gates that leave the state as it was where `mask` (`[B, T]`, or `[B]`) is False: nothing enters, nothing is forgotten."""
+    """Gates that leave the state as it was where `mask` `[B, T]` or `[B]` is False: nothing enters or is forgotten."""
     if mask is None:
         return igate, fgate
     padding = ~mask[..., None]
@@ -98,7 +99,7 @@ class _Chunks:
             return
         bounds = cu_seqlens.tolist()
         slots, self.N, self.segments = [], 0, []
-        for s, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for s, (start, end) in enumerate(pairwise(bounds)):
             chunks = max(1, -(-(end - start) // self.L))
             slots.append(torch.arange(end - start) + self.N * self.L)
             self.segments.append((self.N, self.N + chunks, slice(s, s + 1)))
@@ -293,8 +294,10 @@ def _mlstm_chunkwise_backward(
     if input_gate == "sigmoid":
         dlogi *= torch.sigmoid(-chunks.split(igate, dtype))
     dlogf *= torch.sigmoid(-chunks.split(fgate, dtype, fill=math.inf))
-    grads = (chunks.merge(d, like.dtype) for d, like in zip((dq, dk, dv, dlogi, dlogf), (q, k, v, igate, fgate)))
-    return *grads, dC_first, dn_first, dm_first
+    inputs = (q, k, v, igate, fgate)
+    grads = (chunks.merge(d, like.dtype) for d, like in zip((dq, dk, dv, dlogi, dlogf), inputs, strict=True))
+    dq, dk, dv, dlogi, dlogf = grads
+    return dq, dk, dv, dlogi, dlogf, dC_first, dn_first, dm_first
 
 
 def _stabiliser_backward(
@@ -330,9 +333,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dh, dC, dn, dm):
     with full_precision(dh.device):
-        grads = _mlstm_chunkwise_backward(
-            dh, dC, dn, dm, *ctx.saved_tensors, ctx.input_gate, ctx.chunk_size, ctx.eps
-        )
+        grads = _mlstm_chunkwise_backward(dh, dC, dn, dm, *ctx.saved_tensors, ctx.input_gate, ctx.chunk_size, ctx.eps)
     return *grads, None, None, None, None
 
 

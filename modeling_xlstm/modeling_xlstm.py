@@ -1,7 +1,7 @@
 """The xLSTM family in PyTorch: norms, feed-forward, mixers, block, models.
 
-Dims: `B` batch `T` time `D` hidden size `H` heads `K` query and key head dim `V` value head dim. Every mixer and block is
-called like `nn.LSTM`: `y, state = layer(x, state)`, x and y `[B, T, D]`.
+Dims: `B` batch `T` time `D` hidden size `H` heads `K` query and key head dim `V` value head dim. Every mixer and block
+is called like `nn.LSTM`: `y, state = layer(x, state)`, x and y `[B, T, D]`.
 
 Papers: https://arxiv.org/abs/2405.04517 (xLSTM[a:b]) and https://arxiv.org/abs/2503.13427 (xLSTM-7B).
 """
@@ -54,7 +54,7 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
 
 
 class XLSTMNorm(nn.Module):
-    """The norm of the residual stream: RMSNorm, or LayerNorm without bias whose weight is stored as its offset from 1."""
+    """The norm of the residual stream: RMSNorm, or LayerNorm without bias, its weight stored as an offset from 1."""
 
     def __init__(self, config: XLSTMConfig):
         super().__init__()
@@ -76,7 +76,7 @@ class XLSTMNorm(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """LayerNorm over each head `[B, T, H, V]` to `[B, T, H V]`, with a weight (and bias) for each channel of each head."""
+    """LayerNorm over each head `[B, T, H, V]` to `[B, T, H V]`, with a weight (and bias) for each channel."""
 
     def __init__(self, config: XLSTMConfig, size: int):
         super().__init__()
@@ -105,7 +105,7 @@ def init_linear_(weight: Tensor, bias: Tensor | None, std: float) -> None:
 
 
 def projection(inputs: int, outputs: int, bias: bool, std: float) -> nn.Linear:
-    """A linear map that starts with standard deviation `std`. No class of its own: quantisers replace `nn.Linear` only."""
+    """A linear map that starts with standard deviation `std`. Of no own class: quantisers replace only `nn.Linear`."""
     module = use_onednn(nn.Linear(inputs, outputs, bias=bias))
     module.init_std = std  # type: ignore[assignment]
     init_linear_(module.weight, module.bias, std)
@@ -172,7 +172,7 @@ class BlockDiagonalLinear(nn.Module):
 
 
 class CausalConv1d(nn.Module):
-    """Depthwise causal convolution over time followed by SiLU, with state: `y, state = conv(x, state)`, x `[B, T, C]`."""
+    """Depthwise causal convolution over time and SiLU, with state: `y, state = conv(x, state)`, x and y `[B, T, C]`."""
 
     def __init__(self, channels: int, kernel_size: int):
         super().__init__()
@@ -235,7 +235,7 @@ class GatedFeedForward(nn.Module):
         super().__init__()
         self.up_proj = projection(config.hidden_size, 2 * size, config.use_bias, small_std(config))  # rows [gate | up]
         self.down_proj = projection(size, config.hidden_size, config.use_bias, wang_std(config))
-        self.activation = {"silu": F.silu, "gelu": F.gelu}[activation]
+        self.activation = F.silu if activation == "silu" else F.gelu
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.up_proj(x).chunk(2, -1)
@@ -260,13 +260,14 @@ class _MLSTMMixer(nn.Module):
         K, V = config.qk_size // config.num_heads, config.inner_size // config.num_heads
         q, k, v = q.unflatten(-1, (-1, K)), k.unflatten(-1, (-1, K)), v.unflatten(-1, (-1, V))
         igate, fgate = soft_cap(self.gate_proj(gate_input), config.gate_soft_cap).chunk(2, -1)
-        options = {"input_gate": config.mlstm_input_gate, "eps": config.eps, "backend": self.backend}
+        options: dict[str, Any] = {"input_gate": config.mlstm_input_gate, "eps": config.eps, "backend": self.backend}
         if q.shape[1] == 1 and cu_seqlens is None:
-            inputs = (x.squeeze(1) for x in (q, k, v, igate, fgate))
-            h, state = mlstm_step(*inputs, state, mask=None if mask is None else mask[:, 0], **options)
+            q, k, v, igate, fgate = (x.squeeze(1) for x in (q, k, v, igate, fgate))
+            mask = None if mask is None else mask[:, 0]
+            h, state = mlstm_step(q, k, v, igate, fgate, state, mask=mask, **options)
             h = h.unsqueeze(1)
         else:
-            options.update(mask=mask, cu_seqlens=cu_seqlens, chunk_size=config.chunk_size)
+            options |= {"mask": mask, "cu_seqlens": cu_seqlens, "chunk_size": config.chunk_size}
             h, state = mlstm_chunkwise(q, k, v, igate, fgate, state, **options)
         return self.head_norm(h), state
 
@@ -392,11 +393,11 @@ class SLSTMLayer(nn.Module):
             c, conv = self.conv(x, conv, mask=mask, cu_seqlens=cu_seqlens)
         gates = torch.cat((self._gates(c, 0), self._gates(x, 2)), -2) + self.gate_bias
         if x.shape[1] == 1 and cu_seqlens is None:
-            options = {"mask": None if mask is None else mask[:, 0], "backend": self.backend}
-            h, cell = slstm_step(gates.squeeze(1), self.recurrent_weight, cell, **options)
+            mask = None if mask is None else mask[:, 0]
+            h, cell = slstm_step(gates.squeeze(1), self.recurrent_weight, cell, mask=mask, backend=self.backend)
             h = h.unsqueeze(1)
         else:
-            options = {"mask": mask, "cu_seqlens": cu_seqlens, "backend": self.backend}
+            options: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "backend": self.backend}
             h, cell = slstm_scan(gates, self.recurrent_weight, cell, **options)
         return self.head_norm(h.to(x.dtype)), LayerState(cell, conv)
 
@@ -416,6 +417,7 @@ class XLSTMBlock(GradientCheckpointingLayer):
     def __init__(self, config: XLSTMConfig, layer_idx: int = 0):
         super().__init__()
         self.mixer_norm = XLSTMNorm(config)
+        self.mixer: nn.Module
         if config.block_types[layer_idx] == "slstm":
             self.mixer = SLSTMLayer(config, layer_idx)
             ffn_size, activation = config.slstm_ffn_size, "gelu"
@@ -524,8 +526,8 @@ class XLSTMModel(XLSTMPreTrainedModel):
         r"""
         Args:
             input_ids: Token ids `[B, T]`; or `inputs_embeds` `[B, T, D]`.
-            attention_mask: `[B, T]`, or `[B, past + T]` of which the last T columns are used. Zero marks padding, on any
-                side: it leaves the recurrent state as it was.
+            attention_mask: `[B, T]`, or `[B, past + T]` of which the last T columns are used. Zero marks padding, on
+                any side: it leaves the recurrent state as it was.
             past_key_values: State of the text so far, updated by the call. Created when omitted, if `use_cache` and the
                 model is not in training mode. `cache_params` is an alias.
             cu_seq_lens_q, position_ids: Boundaries `[N + 1]` of sequences packed into a batch of 1, or positions that
@@ -551,8 +553,8 @@ class XLSTMModel(XLSTMPreTrainedModel):
         else:
             check_float("inputs_embeds", inputs_embeds, "B T D")
             if inputs_embeds.shape[-1] != self.config.hidden_size:
-                got = tuple(inputs_embeds.shape)
-                raise ValueError(f"inputs_embeds must have shape [B, T, {self.config.hidden_size}], got {got}.")
+                shape = tuple(inputs_embeds.shape)
+                raise ValueError(f"inputs_embeds must have shape [B, T, {self.config.hidden_size}], got {shape}.")
         cache = past_key_values
         if cache is None and use_cache and not self.training:
             cache = XLSTMCache(self.config)
@@ -564,7 +566,9 @@ class XLSTMModel(XLSTMPreTrainedModel):
         cu_seqlens = _packed_bounds(kwargs, inputs_embeds, mask)
         if cu_seqlens is not None and cache is not None:
             if past_key_values is not None:
-                raise ValueError("Packed sequences start from empty states, got past_key_values; unpack them to continue.")
+                raise ValueError(
+                    "Packed sequences start from empty states, got past_key_values; unpack them to continue."
+                )
             cache = None
 
         x = inputs_embeds
@@ -657,7 +661,7 @@ def _restarts(positions: Tensor, B: int, T: int) -> Tensor | None:
     return torch.cat((restarts.new_tensor([0]), restarts, restarts.new_tensor([T])))
 
 
-def _replay(block: XLSTMBlock, x: Tensor, mask: Tensor | None):
+def _replay(block: nn.Module, x: Tensor, mask: Tensor | None):
     """How to redo the first tokens of a forward pass from the state before it."""
     return lambda before, tokens: block(x[:, :tokens], before, mask=None if mask is None else mask[:, :tokens])[1]
 
@@ -742,7 +746,8 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
             if length is not None and length <= cache.get_seq_length():
                 raise ValueError(
                     "To continue, give the ids of the whole conversation, or the new ids with an attention_mask over "
-                    f"all of it; got {cache.get_seq_length()} tokens in past_key_values and {length} ids and mask columns."
+                    f"all of it; got {cache.get_seq_length()} tokens in past_key_values and {length} ids and mask "
+                    "columns."
                 )
             cache._is_user_defined = True
         elif generation_config.use_cache is not False:

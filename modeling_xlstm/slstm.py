@@ -95,7 +95,9 @@ def slstm_step(
 def _check_inputs(gates: Tensor, R: Tensor) -> None:
     H, G, D = gates.shape[-3:]
     if G != 4:
-        raise ValueError(f"gates must hold the 4 gates i, f, z, o in the axis before the last, got {tuple(gates.shape)}.")
+        raise ValueError(
+            f"gates must hold the 4 gates i, f, z, o in the axis before the last, got {tuple(gates.shape)}."
+        )
     check_like("R", R, (H, 4, D, D), gates.device)
 
 

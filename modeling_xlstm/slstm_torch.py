@@ -160,9 +160,9 @@ def slstm_scan(
             for x, x_old in zip((h, c, n, m), old, strict=True):
                 torch.where(rows.real[t], x, x_old, out=x)
             empty = empty & ~rows.real[t]
-    last = _states(h, c, n, m)
-    residuals = (rows.pack(pre), rows.pack(after.movedim(1, 3))) if keep else (h.new_empty(0), h.new_empty(0))
-    return rows.merge(y, gates.dtype), *last, *residuals
+    h, c, n, m = _states(h, c, n, m)
+    kept = (rows.pack(pre), rows.pack(after.movedim(1, 3))) if keep else (h.new_empty(0), h.new_empty(0))
+    return rows.merge(y, gates.dtype), h, c, n, m, *kept
 
 
 @slstm_scan.register_fake
@@ -190,7 +190,9 @@ def _slstm_scan_backward(
     T, H, B, _, D = pre.shape
     weight = R.to(dtype).flatten(1, 2)  # [H, 4 D_out, D_in]
     state_loss = not (dc is None and dn is None and dm is None)
-    dh, dc, dn, dm = _states(*(torch.zeros_like(x) if d is None else d for d, x in ((dh, h), (dc, c), (dn, n), (dm, m))))
+    dh, dc, dn, dm = _states(
+        *(torch.zeros_like(x) if d is None else d for d, x in ((dh, h), (dc, c), (dn, n), (dm, m)))
+    )
     h, c, n, m, c_last, n_last = _states(h, c, n, m, c_last, n_last)
     dy = h.new_zeros(()).expand(T, H, B, D) if dy is None else rows.split(dy, dtype)
     dm = dm - dc * c_last - dn * n_last
@@ -250,7 +252,8 @@ def _slstm_scan_backward(
         dR.baddbmm_(d.transpose(0, 1).reshape(H, -1, 4 * D).mT, h_before.transpose(0, 1).reshape(H, -1, D))
 
     dm += dc * c + dn * n
-    return rows.merge(d_pre, dtype), dR.to(R.dtype).view(R.shape), *_states(dh, dc, dn, dm)
+    dh, dc, dn, dm = _states(dh, dc, dn, dm)
+    return rows.merge(d_pre, dtype), dR.to(R.dtype).view(R.shape), dh, dc, dn, dm
 
 
 @_slstm_scan_backward.register_fake

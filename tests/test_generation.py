@@ -23,8 +23,12 @@ def letters_tokenizer():
     )
 
 
+# A text that held the padding token would be taken for padded where it is given without a mask.
+NEVER = [0, 1]
+
+
 def greedy(model, ids, tokens, **kwargs):
-    return model.generate(ids, max_new_tokens=tokens, do_sample=False, **kwargs)
+    return model.generate(ids, max_new_tokens=tokens, do_sample=False, suppress_tokens=NEVER, **kwargs)
 
 
 def left_padded(texts):
@@ -41,7 +45,9 @@ def test_greedy_text_is_that_of_full_passes(kind):
     expected = ids
     with torch.no_grad():
         for _ in range(40):
-            expected = torch.cat((expected, model(expected).logits[:, -1:].argmax(-1)), 1)
+            logits = model(expected).logits[:, -1:]
+            logits[..., NEVER] = -torch.inf
+            expected = torch.cat((expected, logits.argmax(-1)), 1)
     assert len(expected.unique()) > 20  # not a text that repeats itself
     assert torch.equal(greedy(model, ids, 40), expected)
     assert torch.equal(greedy(model, ids, 40, use_cache=False), expected)
@@ -63,8 +69,8 @@ def test_sampling_draws_the_same_with_and_without_cache(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_beam_search_finds_the_same_with_and_without_cache(kind):
     model, ids = tiny_model(kind), random_ids(2, 7)
-    options = {"num_beams": 4, "num_return_sequences": 2, "max_new_tokens": 12, "do_sample": False}
-    with_cache, without = (model.generate(ids, use_cache=use_cache, **options) for use_cache in (True, False))
+    options = {"num_beams": 4, "num_return_sequences": 2}
+    with_cache, without = (greedy(model, ids, 12, use_cache=use_cache, **options) for use_cache in (True, False))
     assert with_cache.shape == (4, 19)
     assert torch.equal(with_cache, without)
     assert not torch.equal(with_cache[::2], greedy(model, ids, 12))
@@ -74,9 +80,9 @@ def test_beam_search_finds_the_same_with_and_without_cache(kind):
 def test_beam_search_of_a_padded_batch_is_that_of_each_text(kind):
     model, texts = tiny_model(kind), [random_ids(1, length, seed=length)[0] for length in (4, 11)]
     ids, mask = left_padded(texts)
-    together = model.generate(ids, attention_mask=mask, num_beams=3, max_new_tokens=12, do_sample=False)
+    together = greedy(model, ids, 12, attention_mask=mask, num_beams=3)
     for text, row in zip(texts, together, strict=True):
-        alone = model.generate(text[None], num_beams=3, max_new_tokens=12, do_sample=False)
+        alone = greedy(model, text[None], 12, num_beams=3)
         assert torch.equal(row[-12:], alone[0, -12:])
 
 
@@ -132,7 +138,7 @@ def test_scores_logits_and_hidden_states_are_those_of_a_full_pass(kind):
     wanted = {"output_scores": True, "output_logits": True, "output_hidden_states": True}
     output = greedy(model, ids, 6, return_dict_in_generate=True, **wanted)
     full = model(output.sequences[:, :-1], output_hidden_states=True)
-    assert_near(torch.stack(output.scores, 1), full.logits[:, 6:])
+    assert_near(torch.stack(output.scores, 1)[..., 2:], full.logits[:, 6:, 2:])
     assert_near(torch.stack(output.logits, 1), full.logits[:, 6:])
     assert len(output.hidden_states) == 6
     for layer in range(model.config.num_hidden_layers + 1):
@@ -195,7 +201,7 @@ def test_the_text_generation_pipeline_completes_texts_of_different_lengths(kind)
     model, tokenizer = tiny_model(kind), letters_tokenizer()
     prompts = ["Once upon", "A", "The state of an xLSTM is "]
     generate = pipeline("text-generation", model=model, tokenizer=tokenizer)
-    options = {"max_new_tokens": 10, "do_sample": False, "return_full_text": False}
+    options = {"max_new_tokens": 10, "do_sample": False, "suppress_tokens": NEVER, "return_full_text": False}
     expected = [
         tokenizer.decode(greedy(model, torch.tensor([tokenizer(prompt)["input_ids"]]), 10)[0, -10:])
         for prompt in prompts
@@ -337,5 +343,5 @@ def test_a_bfloat16_model_generates_with_a_float32_state():
 
 def test_generation_starts_from_the_beginning_token_without_a_prompt():
     model = tiny_model("pre_up_slstm")
-    assert torch.equal(model.generate(max_new_tokens=6, do_sample=False), greedy(model, torch.tensor([[0]]), 6))
+    assert torch.equal(greedy(model, None, 6), greedy(model, torch.tensor([[0]]), 6))
     assert tiny_config().bos_token_id == 0

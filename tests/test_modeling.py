@@ -552,7 +552,7 @@ def test_a_float64_model_computes_and_remembers_in_float64(kind):
     assert_near(in_pieces(model, ids, [20, 1, 29])[0], full.logits, 1e-13)
 
 
-# The largest error of a token's logits, as a part of the largest logit, is 0.008 to 0.013 at the median token in bfloat16
+# The largest error of a token's logits, as a part of the largest logit: 0.008 to 0.013 at the median token in bfloat16
 # and 0.001 to 0.0016 in float16. (Not at the worst token: where rounding turns the sign of q k, the head is another.)
 @torch.no_grad()
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.025), (torch.float16, 0.003)], ids=str)
