@@ -120,8 +120,11 @@ def train(model: nn.Module, peer: Peer, ids: Tensor) -> Callable[[], object]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
     def run():
-        logits = model(ids) if peer.name == "xlstm package" else model(ids, use_cache=False).logits
-        nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        if isinstance(model, transformers.PreTrainedModel):
+            loss = model(ids, labels=ids, use_cache=False).loss
+        else:
+            loss = nn.functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 

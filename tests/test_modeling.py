@@ -573,6 +573,18 @@ def test_half_precision_logits_are_close_and_states_are_float32(kind, dtype, bou
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gates_are_computed_in_float32_whatever_the_dtype_of_the_model(autocast):
+    model, ids = tiny_model("post_up", keep_gates_in_fp32=not autocast), random_ids(1, 20)
+    gates = []
+    model.model.layers[0].mixer.gate_proj.register_forward_hook(lambda module, inputs, output: gates.append(output))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        (model if autocast else model.bfloat16())(ids)
+    assert gates[0].dtype == torch.float32
+    assert not torch.equal(gates[0], gates[0].bfloat16())
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kind", TWO_KINDS)
 def test_logits_to_keep_selects_positions(kind):
     model, ids = tiny_model(kind), random_ids(2, 20)

@@ -347,9 +347,12 @@ def test_a_resumed_training_is_bit_equal_to_an_uninterrupted_one(kind, tmp_path)
         assert torch.equal(actual, expected), name
 
 
+# Newer versions of Transformers say activation_checkpointing.
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
 def test_trainer_takes_checkpointing_bfloat16_packing_and_evaluation(tmp_path):
     model = tiny_model("pre_up_slstm")
-    options = {"bf16": True, "gradient_accumulation_steps": 2, "max_steps": 4, "save_strategy": "no"}
+    options = {"bf16": True, "gradient_checkpointing": True, "gradient_accumulation_steps": 2}
+    options |= {"max_steps": 4, "save_strategy": "no"}
     train, losses = trainer(model, tmp_path, **options)
     train.data_collator = DataCollatorWithFlattening(return_tensors="pt")
     train.eval_dataset = train.train_dataset
