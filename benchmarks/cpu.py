@@ -6,7 +6,7 @@ nothing is printed if they fail.
 
 Models of 47 M parameters (width 512, 12 blocks, vocabulary 8192) predict the last token of a prompt of 512 (`prefill`),
 continue it by 16 tokens, one at a time (`decode`), and take AdamW steps on 4 x 512 tokens (`train`). Stacks of the
-first paper (width 512, 6 blocks) only train.
+first paper (width 512; the package's `vanilla` sLSTM, the one for CPUs) only train.
 """
 
 import argparse
@@ -62,13 +62,13 @@ def llama() -> nn.Module:
     return transformers.LlamaForCausalLM(config)
 
 
-def our_stack(slstm_at: tuple[int, ...]) -> nn.Module:
-    block_types = ["slstm" if i in slstm_at else "mlstm" for i in range(6)]
-    shape = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": 6, "block_types": block_types}
+def our_stack(blocks: int, slstm_at: tuple[int, ...]) -> nn.Module:
+    block_types = ["slstm" if i in slstm_at else "mlstm" for i in range(blocks)]
+    shape = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": blocks, "block_types": block_types}
     return XLSTMForCausalLM(XLSTMConfig.from_ratio("1:0", **shape))
 
 
-def paper_stack(slstm_at: tuple[int, ...]) -> nn.Module:
+def paper_stack(blocks: int, slstm_at: tuple[int, ...]) -> nn.Module:
     import xlstm
 
     mlstm = xlstm.mLSTMBlockConfig(mlstm=xlstm.mLSTMLayerConfig(num_heads=4))
@@ -79,7 +79,7 @@ def paper_stack(slstm_at: tuple[int, ...]) -> nn.Module:
         mlstm_block=mlstm,
         slstm_block=slstm if slstm_at else None,
         context_length=PROMPT,
-        num_blocks=6,
+        num_blocks=blocks,
         embedding_dim=WIDTH,
         slstm_at=list(slstm_at),
         vocab_size=VOCAB,
@@ -92,10 +92,12 @@ PEERS = [
     Peer("modeling_xlstm", "7B style", ours, ALL),
     Peer("Transformers xLSTM", "7B style", in_tree, ALL, cache="cache_params"),
     Peer("Llama", "7B style", llama, ALL),
-    Peer("modeling_xlstm", "xLSTM[1:0]", lambda: our_stack(()), ("train",)),
-    Peer("xlstm package", "xLSTM[1:0]", lambda: paper_stack(()), ("train",)),
-    Peer("modeling_xlstm", "2 sLSTM of 6", lambda: our_stack((1, 4)), ("train",)),
-    Peer("xlstm package", "2 sLSTM of 6", lambda: paper_stack((1, 4)), ("train",)),
+    Peer("modeling_xlstm", "6 mLSTM", lambda: our_stack(6, ()), ("train",)),
+    Peer("xlstm package", "6 mLSTM", lambda: paper_stack(6, ()), ("train",)),
+    Peer("modeling_xlstm", "4 mLSTM, 2 sLSTM", lambda: our_stack(6, (1, 4)), ("train",)),
+    Peer("xlstm package", "4 mLSTM, 2 sLSTM", lambda: paper_stack(6, (1, 4)), ("train",)),
+    Peer("modeling_xlstm", "2 sLSTM", lambda: our_stack(2, (0, 1)), ("train",)),
+    Peer("xlstm package", "2 sLSTM", lambda: paper_stack(2, (0, 1)), ("train",)),
 ]
 
 

@@ -10,11 +10,9 @@ from transformers import (
 
 from .cache_xlstm import LayerState, XLSTMCache
 from .configuration_xlstm import XLSTMConfig
+from .layers_xlstm import MLSTMLayer, MLSTMPreUpLayer, SLSTMLayer
 from .mlstm import MLSTMState, mlstm_chunkwise, mlstm_step
 from .modeling_xlstm import (
-    MLSTMLayer,
-    MLSTMPreUpLayer,
-    SLSTMLayer,
     XLSTMBlock,
     XLSTMForCausalLM,
     XLSTMForSequenceClassification,

@@ -1,0 +1,416 @@
+"""What xLSTM blocks are made of: norms, projections, convolution, feed-forward and the three mixers.
+
+Dims: `B` batch `T` time `D` hidden size `H` heads `K` query and key head dim `V` value head dim. Every mixer is called
+like `nn.LSTM`: `y, state = layer(x, state)`, x and y `[B, T, D]`.
+
+Papers: https://arxiv.org/abs/2405.04517 (xLSTM[a:b]) and https://arxiv.org/abs/2503.13427 (xLSTM-7B).
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import initialization as init
+
+from .cache_xlstm import LayerState
+from .checks import check_like, full_precision, state_dtype
+from .configuration_xlstm import XLSTMConfig
+from .linear import use_onednn
+from .mlstm import mlstm_chunkwise, mlstm_step
+from .mlstm_torch import MLSTMState
+from .slstm import slstm_scan, slstm_step
+
+
+def small_std(config: XLSTMConfig) -> float:
+    """Initial standard deviation of most weights, https://aclanthology.org/2019.iwslt-1.17."""
+    return math.sqrt(2 / (5 * config.hidden_size))
+
+
+def wang_std(config: XLSTMConfig) -> float:
+    """Initial standard deviation of projections back into the residual stream."""
+    return 2 / (config.num_hidden_layers * math.sqrt(config.hidden_size))
+
+
+class _SoftCap(torch.autograd.Function):
+    """`cap * tanh(x / cap)` that keeps only its result, which matters at the size of logits."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cap: float) -> Tensor:
+        y = (x / cap).tanh_().mul_(cap)
+        ctx.save_for_backward(y)
+        ctx.cap = cap
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
+        (y,) = ctx.saved_tensors
+        return (y * y).mul_(-1 / ctx.cap**2).add_(1).mul_(dy), None
+
+
+def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+    """`cap * tanh(x / cap)`, computed in float32 or better; x itself without a cap."""
+    if cap is None:
+        return x
+    y = x.to(state_dtype(x.dtype))
+    # a compiler fuses these itself
+    y = cap * torch.tanh(y / cap) if torch.compiler.is_compiling() else _SoftCap.apply(y, cap)
+    return y.to(x.dtype)
+
+
+class XLSTMNorm(nn.Module):
+    """The norm of the residual stream: RMSNorm, or LayerNorm without bias, its weight stored as an offset from 1."""
+
+    def __init__(self, config: XLSTMConfig):
+        super().__init__()
+        self.rms, self.eps = config.norm_type == "rms_norm", config.norm_eps
+        self.weight = nn.Parameter(torch.empty(config.hidden_size))
+        self.bias = nn.Parameter(torch.empty(config.hidden_size)) if self.rms and config.use_bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        init.constant_(self.weight, 1.0 if self.rms else 0.0)
+        if self.bias is not None:
+            init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.rms:
+            return F.layer_norm(x, self.weight.shape, 1 + self.weight, None, self.eps)
+        y = F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return y if self.bias is None else y + self.bias
+
+
+class HeadNorm(nn.Module):
+    """LayerNorm over each head `[B, T, H, V]` to `[B, T, H V]`, with a weight (and bias) for each channel."""
+
+    def __init__(self, config: XLSTMConfig, size: int):
+        super().__init__()
+        self.offset = 0.0 if config.norm_type == "rms_norm" else 1.0
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.empty(size))
+        self.bias = nn.Parameter(torch.empty(size)) if self.offset == 0 and config.use_bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        init.constant_(self.weight, 1.0 - self.offset)
+        if self.bias is not None:
+            init.zeros_(self.bias)
+
+    def forward(self, h: Tensor) -> Tensor:
+        y = F.layer_norm(h, h.shape[-1:], eps=self.eps).flatten(-2).to(h.dtype)
+        y = y * (self.weight + self.offset)
+        return y if self.bias is None else y + self.bias
+
+
+def init_linear_(weight: Tensor, bias: Tensor | None, std: float) -> None:
+    """A normal weight and no bias."""
+    init.normal_(weight, std=std)
+    if bias is not None:
+        init.zeros_(bias)
+
+
+def projection(inputs: int, outputs: int, bias: bool, std: float) -> nn.Linear:
+    """A linear map that starts with standard deviation `std`. Of no own class: quantisers replace only `nn.Linear`."""
+    module = use_onednn(nn.Linear(inputs, outputs, bias=bias))
+    module.init_std = std  # type: ignore[assignment]
+    init_linear_(module.weight, module.bias, std)
+    return module
+
+
+class GateLinear(nn.Linear):
+    """Scalar gates, always computed in float32 or better: their rounding is compounded over the whole sequence.
+
+    Rows [i | f]. Input gates start from a normal distribution, forget gates from 3 (first head) to 6 (last).
+    """
+
+    def __init__(self, inputs: int, heads: int, igate_mean: float, igate_std: float):
+        self.igate_mean, self.igate_std = igate_mean, igate_std
+        super().__init__(inputs, 2 * heads)
+
+    def reset_parameters(self):
+        heads, device = self.out_features // 2, self.bias.device
+        igate = torch.normal(self.igate_mean, self.igate_std, (heads,), device=device)
+        fgate = torch.linspace(3.0, 6.0, heads, device=device)
+        init.zeros_(self.weight)
+        init.copy_(self.bias, torch.cat((igate, fgate)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = state_dtype(x.dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        with full_precision(x.device):
+            return F.linear(x.to(dtype), self.weight.to(dtype), bias)
+
+
+def unpack_state(state: LayerState | None, conv: nn.Module | None) -> tuple[Any, Tensor | None]:
+    """States of the cell and of the convolution, which a layer has if it has a convolution."""
+    if state is None:
+        return None, None
+    if (state.conv is None) != (conv is None):
+        expected, got = ("None", "one") if conv is None else ("that of the layer's convolution", "None")
+        raise ValueError(f"state.conv must be {expected}, got {got}: the state is of another model.")
+    return state
+
+
+class BlockDiagonalLinear(nn.Module):
+    """A linear map within blocks of `block_size` channels; weight `[blocks, out, in]`."""
+
+    # Blocks are multiplied together until they are this wide: a few small dense products beat many tiny ones.
+    TILE = 64
+
+    def __init__(self, size: int, block_size: int, bias: bool, std: float):
+        super().__init__()
+        self.std = std
+        self.weight = nn.Parameter(torch.empty(size // block_size, block_size, block_size))
+        self.bias = nn.Parameter(torch.empty(size)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        init_linear_(self.weight, self.bias, self.std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        blocks, out, _ = self.weight.shape
+        merged = math.gcd(blocks, max(1, self.TILE // out))
+        tiles = torch.diag_embed(self.weight.unflatten(0, (-1, merged)).movedim(1, -1), dim1=1, dim2=3)
+        tiles = tiles.flatten(3, 4).flatten(1, 2)  # [blocks / merged, merged out, merged in]
+        y = torch.einsum("bthi,hoi->btho", x.unflatten(-1, (tiles.shape[0], -1)), tiles).flatten(-2)
+        return y if self.bias is None else y + self.bias
+
+
+class CausalConv1d(nn.Module):
+    """Depthwise causal convolution over time and SiLU, with state: `y, state = conv(x, state)`, x and y `[B, T, C]`."""
+
+    def __init__(self, channels: int, kernel_size: int):
+        super().__init__()
+        self.kernel_size = kernel_size
+        self.weight = nn.Parameter(torch.empty(channels, kernel_size))
+        self.bias = nn.Parameter(torch.empty(channels))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        bound = 1 / math.sqrt(self.kernel_size)  # that of nn.Conv1d
+        init.uniform_(self.weight, -bound, bound)
+        init.uniform_(self.bias, -bound, bound)
+
+    def forward(
+        self, x: Tensor, state: Tensor | None = None, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`state` holds the last `kernel_size - 1` real inputs of each sequence `[B, kernel_size - 1, C]`, float32."""
+        B, T, C = x.shape
+        past = self.kernel_size - 1
+        sequences = B if cu_seqlens is None else cu_seqlens.numel() - 1
+        dtype = state_dtype(x.dtype)
+        if state is None:
+            state = x.new_zeros(sequences, past, C, dtype=dtype)
+        check_like("the state of the convolution", state, (sequences, past, C), x.device, (dtype,))
+        before = state.to(x.dtype)
+        if cu_seqlens is not None:
+            # each sequence behind its own past: [past of 0 | tokens of 0 | past of 1 | tokens of 1 ...]
+            bounds = cu_seqlens.to(torch.int64)
+            token = torch.arange(T, device=x.device)
+            sequence = torch.searchsorted(bounds[1:], token, right=True)
+            slot = token + (sequence + 1) * past
+            offsets = torch.arange(past, device=x.device)
+            starts = bounds[:-1] + torch.arange(sequences, device=x.device) * past
+            padded = x.new_zeros(T + sequences * past, C)
+            padded = padded.index_put((starts[:, None] + offsets,), before).index_put((slot,), x[0])
+            y = self._convolve(padded[None])[:, slot - past]
+            new = padded[bounds[1:, None] + torch.arange(sequences, device=x.device)[:, None] * past + offsets]
+        elif mask is not None:
+            # real tokens together, in order, behind the past; padding after them
+            order = torch.argsort(mask.long(), dim=1, descending=True, stable=True)
+            padded = torch.cat((before, x.gather(1, order[..., None].expand_as(x))), 1)
+            rank = (mask.long().cumsum(1) - 1).clamp(min=0)
+            y = self._convolve(padded).gather(1, rank[..., None].expand_as(x))
+            last = mask.sum(1, keepdim=True) + torch.arange(past, device=x.device)
+            new = padded.gather(1, last[..., None].expand(B, past, C))
+        else:
+            padded = torch.cat((before, x), 1)
+            y = self._convolve(padded)
+            new = padded[:, T:]
+        return F.silu(y), new.to(dtype, copy=True)
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        return F.conv1d(x.mT, self.weight[:, None], self.bias, groups=x.shape[-1]).mT
+
+
+class GatedFeedForward(nn.Module):
+    """`down(act(gate) * up)` with gate and up in one projection: SwiGLU or GeGLU."""
+
+    def __init__(self, config: XLSTMConfig, size: int, activation: str):
+        super().__init__()
+        self.up_proj = projection(config.hidden_size, 2 * size, config.use_bias, small_std(config))  # rows [gate | up]
+        self.down_proj = projection(size, config.hidden_size, config.use_bias, wang_std(config))
+        self.activation = F.silu if activation == "silu" else F.gelu
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.up_proj(x).chunk(2, -1)
+        return self.down_proj(self.activation(gate) * up)
+
+
+class _MLSTMMixer(nn.Module):
+    """What both mLSTM layers share: gates, the cell, and the norm of its heads."""
+
+    def __init__(self, config: XLSTMConfig, gate_inputs: int, igate_mean: float, igate_std: float):
+        super().__init__()
+        self.config = config
+        self.backend = config.backend
+        self.gate_proj = GateLinear(gate_inputs, config.num_heads, igate_mean, igate_std)
+        self.head_norm = HeadNorm(config, config.inner_size)
+
+    def _cell(
+        self, q: Tensor, k: Tensor, v: Tensor, gate_input: Tensor, state: MLSTMState | None, mask, cu_seqlens
+    ) -> tuple[Tensor, MLSTMState]:
+        """q, k, v `[B, T, H K]` or `[B, T, H V]` to the normalised heads `[B, T, H V]`."""
+        config = self.config
+        K, V = config.qk_size // config.num_heads, config.inner_size // config.num_heads
+        q, k, v = q.unflatten(-1, (-1, K)), k.unflatten(-1, (-1, K)), v.unflatten(-1, (-1, V))
+        igate, fgate = soft_cap(self.gate_proj(gate_input), config.gate_soft_cap).chunk(2, -1)
+        options: dict[str, Any] = {"input_gate": config.mlstm_input_gate, "eps": config.eps, "backend": self.backend}
+        if q.shape[1] == 1 and cu_seqlens is None:
+            q, k, v, igate, fgate = (x.squeeze(1) for x in (q, k, v, igate, fgate))
+            mask = None if mask is None else mask[:, 0]
+            h, state = mlstm_step(q, k, v, igate, fgate, state, mask=mask, **options)
+            h = h.unsqueeze(1)
+        else:
+            options |= {"mask": mask, "cu_seqlens": cu_seqlens, "chunk_size": config.chunk_size}
+            h, state = mlstm_chunkwise(q, k, v, igate, fgate, state, **options)
+        return self.head_norm(h), state
+
+
+class MLSTMLayer(_MLSTMMixer):
+    """The mLSTM mixer of xLSTM-7B ("post-up"): dense q, k, v and a sigmoid output gate, at model width.
+
+    `y, state = layer(x, state)` with x, y `[B, T, hidden_size]`; `state` is a `LayerState`, `None` to start.
+    """
+
+    def __init__(self, config: XLSTMConfig):
+        super().__init__(config, config.hidden_size, igate_mean=-10.0, igate_std=0.0)
+        self.splits = (config.qk_size, config.qk_size, config.inner_size, config.inner_size)
+        # rows [q | k | v | o]
+        self.qkvo_proj = projection(config.hidden_size, sum(self.splits), config.use_bias, small_std(config))
+        self.out_proj = projection(config.inner_size, config.hidden_size, config.use_bias, wang_std(config))
+
+    def forward(
+        self,
+        x: Tensor,
+        state: LayerState | None = None,
+        *,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, LayerState]:
+        cell, _ = unpack_state(state, None)
+        q, k, v, o = self.qkvo_proj(x).split(self.splits, -1)
+        h, cell = self._cell(q, k, v, x, cell, mask, cu_seqlens)
+        return self.out_proj(torch.sigmoid(o) * h), LayerState(cell)
+
+
+class MLSTMPreUpLayer(_MLSTMMixer):
+    """The mLSTM mixer of the first paper ("pre-up"): the cell works at a wider inner size.
+
+    `y, state = layer(x, state)` with x, y `[B, T, hidden_size]`; `state` is a `LayerState`, `None` to start.
+    """
+
+    def __init__(self, config: XLSTMConfig):
+        inner, std = config.inner_size, small_std(config)
+        super().__init__(config, 3 * inner, igate_mean=0.0, igate_std=0.1)
+        self.up_proj = projection(config.hidden_size, 2 * inner, config.use_bias, std)  # rows [x | z]
+        self.conv = CausalConv1d(inner, config.conv_kernel_size) if config.conv_kernel_size else None
+        self.q_proj = BlockDiagonalLinear(inner, config.mlstm_qkv_block_size, config.use_bias, std)
+        self.k_proj = BlockDiagonalLinear(inner, config.mlstm_qkv_block_size, config.use_bias, std)
+        self.v_proj = BlockDiagonalLinear(inner, config.mlstm_qkv_block_size, config.use_bias, std)
+        self.skip = nn.Parameter(torch.empty(inner))
+        self.down_proj = projection(inner, config.hidden_size, config.use_bias, wang_std(config))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        init.ones_(self.skip)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: LayerState | None = None,
+        *,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, LayerState]:
+        cell, conv = unpack_state(state, self.conv)
+        x, z = self.up_proj(x).chunk(2, -1)
+        c = x
+        if self.conv is not None:
+            c, conv = self.conv(x, conv, mask=mask, cu_seqlens=cu_seqlens)
+        q, k, v = self.q_proj(c), self.k_proj(c), self.v_proj(x)
+        h, cell = self._cell(q, k, v, torch.cat((q, k, v), -1), cell, mask, cu_seqlens)
+        return self.down_proj((h + self.skip * c) * F.silu(z)), LayerState(cell, conv)
+
+
+class SLSTMLayer(nn.Module):
+    """The sLSTM mixer: memory mixing between the channels of a head, one step after the other.
+
+    `y, state = layer(x, state)` with x, y `[B, T, hidden_size]`; `state` is a `LayerState`, `None` to start.
+    `layer_idx` (of `config.num_hidden_layers`) shapes the initial forget gates.
+    """
+
+    def __init__(self, config: XLSTMConfig, layer_idx: int = 0):
+        super().__init__()
+        self.config, self.layer_idx, self.backend = config, layer_idx, config.backend
+        H = config.slstm_num_heads
+        D = config.hidden_size // H
+        kernel_size = config.slstm_conv_kernel_size
+        self.conv = CausalConv1d(config.hidden_size, kernel_size) if kernel_size else None
+        # gates in the order i f z o
+        self.gate_weight = nn.Parameter(torch.empty(H, 4, D, D))  # [H, 4, D_out, D_in]
+        self.gate_bias = nn.Parameter(torch.empty(H, 4, D))
+        self.recurrent_weight = nn.Parameter(torch.empty(H, 4, D, D))  # [H, 4, D_out, D_in]
+        self.head_norm = HeadNorm(config, config.hidden_size)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        H, _, D = self.gate_bias.shape
+        init.normal_(self.gate_weight, std=small_std(self.config))
+        bound = 1 / math.sqrt(self.config.hidden_size)
+        if self.config.slstm_recurrent_init == "standard":
+            init.uniform_(self.recurrent_weight, -bound, bound)
+        else:
+            init.zeros_(self.recurrent_weight)
+        bias = torch.zeros(H, 4, D, device=self.gate_bias.device)
+        kind = self.config.slstm_bias_init
+        if kind == "standard":
+            bias.uniform_(-bound, bound)
+        elif kind == "small_init":
+            bias[:, 1] = torch.linspace(3.0, 6.0, D, device=bias.device)
+        elif kind == "powerlaw_blockdependent":
+            depth = self.layer_idx / max(1, self.config.num_hidden_layers - 1)
+            channel = torch.arange(D, device=bias.device) / max(1, D - 1)
+            bias[:, 1] = 5 - 12 * channel ** (0.3 + 1.3 * depth)
+        init.copy_(self.gate_bias, bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: LayerState | None = None,
+        *,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, LayerState]:
+        cell, conv = unpack_state(state, self.conv)
+        c = x
+        if self.conv is not None:
+            c, conv = self.conv(x, conv, mask=mask, cu_seqlens=cu_seqlens)
+        gates = torch.cat((self._gates(c, 0), self._gates(x, 2)), -2) + self.gate_bias
+        if x.shape[1] == 1 and cu_seqlens is None:
+            mask = None if mask is None else mask[:, 0]
+            h, cell = slstm_step(gates.squeeze(1), self.recurrent_weight, cell, mask=mask, backend=self.backend)
+            h = h.unsqueeze(1)
+        else:
+            options: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "backend": self.backend}
+            h, cell = slstm_scan(gates, self.recurrent_weight, cell, **options)
+        return self.head_norm(h.to(x.dtype)), LayerState(cell, conv)
+
+    def _gates(self, x: Tensor, first: int) -> Tensor:
+        """Input parts of two gates, `[B, T, D]` to `[B, T, H, 2, D / H]`."""
+        weight = self.gate_weight[:, first : first + 2].flatten(1, 2)
+        y = torch.einsum("bthi,hoi->btho", x.unflatten(-1, (weight.shape[0], -1)), weight)
+        return y.unflatten(-1, (2, -1))
