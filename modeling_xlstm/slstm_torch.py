@@ -273,8 +273,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dy, dh, dc, dn, dm, _d_pre, _d_after):
-    with full_precision(ctx.saved_tensors[0].device):
-        d_gates, *grads = _slstm_scan_backward(dy, dh, dc, dn, dm, *ctx.saved_tensors)
+    saved = ctx.saved_tensors  # may be read only once under checkpointing
+    with full_precision(saved[0].device):
+        d_gates, *grads = _slstm_scan_backward(dy, dh, dc, dn, dm, *saved)
     return d_gates.to(ctx.dtype), *grads, None, None, None
 
 
