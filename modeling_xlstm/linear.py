@@ -16,9 +16,12 @@ class _OneDNNLinear(torch.autograd.Function):
     """`x @ weight.T + bias` with both products of x and weight in oneDNN; MKL is as fast for that of the weight."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return _multiply(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
     @once_differentiable
@@ -44,15 +47,17 @@ def _forward(module: nn.Linear, x: Tensor) -> Tensor:
     plain = (
         x.device.type == "cpu"
         and x.dtype == module.weight.dtype == torch.float32
+        and x.shape[-1] == module.in_features
         and type(module.weight) is nn.Parameter
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()  # the compiler makes its own choice
     )
     if not plain:
         return nn.Linear.forward(module, x)
-    if torch.is_grad_enabled() and (x.requires_grad or module.weight.requires_grad):
-        return _OneDNNLinear.apply(x, module.weight, module.bias)
-    return _multiply(x, module.weight, module.bias)
+    inputs = (x, module.weight, module.bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return _OneDNNLinear.apply(*inputs)
+    return _multiply(*inputs)
 
 
 def use_onednn(module: nn.Linear) -> nn.Linear:

@@ -268,6 +268,10 @@ def _padding_mask(attention_mask: Tensor | None, B: int, T: int, cache: XLSTMCac
         if length != past + T:
             raise ValueError(f"attention_mask must be {T} or {past} + {T} long (past and new tokens), got {length}.")
     mask = attention_mask[:, -T:] != 0
+    if attention_mask.is_floating_point() and mask.device.type == "cpu" and not compiling:
+        values = attention_mask[:, -T:][mask]
+        if (values != 1).any():
+            raise ValueError(f"attention_mask must hold 0 (padding) and 1, got {values[values != 1][0].item()}.")
     if not compiling and mask.device.type == "cpu" and mask.all():
         return None
     return mask
@@ -277,21 +281,24 @@ def _packed_bounds(kwargs: Mapping[str, Any], x: Tensor, mask: Tensor | None) ->
     """Boundaries of packed sequences, as collators give them."""
     B, T, _ = x.shape
     bounds, positions = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
-    if bounds is None and positions is not None and mask is None and T > 1:
-        bounds = _restarts(positions, B, T)
+    if bounds is None and positions is not None and T > 1:
+        bounds = _restarts(positions, B, T, mask)
     check_sequence(B, T, x.device, mask, bounds)
     return None if bounds is None else bounds.to(torch.int32)
 
 
-def _restarts(positions: Tensor, B: int, T: int) -> Tensor | None:
-    """Boundaries of sequences whose positions restart at 0, None if there is only one."""
+def _restarts(positions: Tensor, B: int, T: int, mask: Tensor | None) -> Tensor | None:
+    """Boundaries of sequences whose positions restart at 0 between real tokens, None if there is only one."""
     if torch.compiler.is_compiling():
         raise NotImplementedError(
             "torch.compile cannot look for packed sequences in position_ids; give their boundaries as cu_seq_lens_q."
         )
     if positions.dim() != 2 or positions.shape[0] not in (1, B) or positions.shape[1] != T:
         raise ValueError(f"position_ids must have shape [{B}, {T}] or [1, {T}], got {tuple(positions.shape)}.")
-    restarts = (positions[:, 1:] == 0).nonzero()[:, 1] + 1
+    restart = positions[:, 1:] == 0
+    if mask is not None:
+        restart = restart & mask[:, 1:] & mask[:, :-1]
+    restarts = restart.nonzero()[:, 1] + 1
     if not len(restarts):
         return None
     if B > 1:
@@ -352,9 +359,11 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = soft_cap(self.lm_head(outputs.last_hidden_state[:, kept]), self.config.output_logit_soft_cap)
-        _check_finite(logits)
+        if not self.training:
+            _check_finite(logits)
         loss = None
         if labels is not None:
+            _check_labels(labels, outputs.last_hidden_state)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -362,11 +371,6 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        # Transformers answers False for every class with "xlstm" in its name, after its own.
-        return True
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, max_length):
         if generation_config.cache_implementation not in (None, "dynamic", "static"):
@@ -376,9 +380,18 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
             )
         if (alias := model_kwargs.pop("cache_params", None)) is not None:
             model_kwargs.setdefault("past_key_values", alias)
+        mask, embeds = model_kwargs.get("attention_mask"), model_kwargs.get("inputs_embeds")
+        if generation_config.prefill_chunk_size is not None and mask is not None and (mask[:, -1] == 0).any():
+            raise ValueError("prefill_chunk_size needs padding on the left, got an attention_mask that ends with 0.")
         if (cache := model_kwargs.get("past_key_values")) is not None:
             _check_cache(cache, self.config)
-            mask = model_kwargs.get("attention_mask")
+            if embeds is not None:
+                seen = cache.get_seq_length()
+                if embeds.shape[1] <= seen or (mask is not None and embeds.shape[1] != mask.shape[1]):
+                    raise ValueError(
+                        f"inputs_embeds must hold the whole conversation, with the {seen} tokens that past_key_values "
+                        f"has seen, got {embeds.shape[1]}."
+                    )
             # newer versions of Transformers drop a mask of ones, and note its length
             length = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
             if length is not None and length <= cache.get_seq_length():
@@ -415,9 +428,14 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         return {**inputs, name: x[rows, order], "attention_mask": mask.gather(1, order)}
 
 
+def _check_labels(labels: Tensor, x: Tensor) -> None:
+    if labels.shape != x.shape[:2]:
+        raise ValueError(f"labels must have shape {tuple(x.shape[:2])} like the input, got {tuple(labels.shape)}.")
+
+
 def _check_finite(logits: Tensor) -> None:
     """Outside training a NaN can only mean broken weights or inputs, and argmax would turn it into a wrong token."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or logits.device.type != "cpu":
+    if torch.compiler.is_compiling() or logits.device.type != "cpu":
         return
     # the last position has seen all others through the states
     if not torch.isfinite(logits[:, -1:]).all():

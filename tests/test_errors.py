@@ -294,3 +294,45 @@ def test_generate_refuses_other_caches():
 def test_a_misspelt_argument_of_generate_is_refused():
     with pytest.raises(ValueError, match="attention_maks"):
         tiny_model().generate(IDS, attention_maks=torch.ones_like(IDS), max_new_tokens=2)
+
+
+def test_right_padding_is_not_read_in_pieces():
+    model = tiny_model("post_up")
+    ids = torch.randint(2, 90, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[0, 6:] = 0
+    with pytest.raises(ValueError, match="needs padding on the left"):
+        model.generate(ids, attention_mask=mask, prefill_chunk_size=4, max_new_tokens=2)
+
+
+def test_new_embeddings_alone_do_not_continue_a_cache():
+    model = tiny_model("post_up")
+    cache = model(torch.randint(2, 90, (1, 9))).past_key_values
+    embeds = model.get_input_embeddings()(torch.randint(2, 90, (1, 6))).detach()
+    mask = torch.ones(1, 15, dtype=torch.long)
+    with pytest.raises(ValueError, match="must hold the whole conversation, with the 9 tokens .*, got 6"):
+        model.generate(inputs_embeds=embeds, attention_mask=mask, past_key_values=cache, max_new_tokens=2)
+
+
+def test_packed_positions_with_padding_are_refused():
+    model = tiny_model("post_up")
+    ids = torch.randint(2, 90, (1, 12))
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 0]])
+    mask = torch.tensor([[1] * 10 + [0] * 2])
+    with pytest.raises(ValueError, match="packed sequences have no padding"):
+        model(ids, attention_mask=mask, position_ids=positions)
+
+
+def test_labels_of_another_shape_are_refused():
+    model = tiny_model("post_up")
+    ids = torch.randint(2, 90, (2, 10))
+    with pytest.raises(ValueError, match=r"labels must have shape \(2, 10\) like the input, got \(10, 2\)"):
+        model(ids, labels=ids.t())
+
+
+def test_an_additive_mask_is_refused():
+    model = tiny_model("post_up")
+    mask = torch.zeros(2, 10)
+    mask[0, :3] = -1e9
+    with pytest.raises(ValueError, match="must hold 0 .padding. and 1, got -1"):
+        model(torch.randint(2, 90, (2, 10)), attention_mask=mask)

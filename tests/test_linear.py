@@ -91,3 +91,27 @@ def test_one_graph_with_torch_compile():
     layer = use_onednn(nn.Linear(17, 23))
     x = torch.randn(5, 17)
     torch.testing.assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x))
+
+
+def test_a_bias_alone_gets_its_gradient():
+    layer = use_onednn(nn.Linear(17, 23))
+    layer.weight.requires_grad_(False)
+    layer(torch.randn(5, 17)).sum().backward()
+    torch.testing.assert_close(layer.bias.grad, torch.full((23,), 5.0))
+
+
+def test_functional_gradients_work():
+    layer = use_onednn(nn.Linear(17, 23))
+    x = torch.randn(5, 17)
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def loss(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(layer, parameters, x).square().sum()
+
+    expected = torch.func.grad(lambda p: F.linear(x, p["weight"], p["bias"]).square().sum())(parameters)
+    torch.testing.assert_close(torch.func.grad(loss)(parameters), expected)
+
+
+def test_a_wrong_width_is_named_by_its_shapes():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        use_onednn(nn.Linear(17, 23))(torch.randn(5, 16))

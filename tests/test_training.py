@@ -241,6 +241,16 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(model(ids).logits, third)
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("kind", TWO_KINDS)
+def test_dropout_acts_on_all_that_a_block_adds(kind, layer):
+    block = tiny_model(kind, dropout=0.9).model.layers[layer].train()
+    x = torch.randn(4, 50, 32)
+    kept = (block(x)[0] == x).float().mean()
+    expected = 0.9 if block.ffn is None else 0.9**2
+    assert abs(kept - expected) < 0.02  # 4 standard errors of 6400 entries are 0.02
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", TWO_KINDS)
 def test_frozen_embeddings_leave_other_gradients_as_they_are(kind, checkpointing):
