@@ -11,7 +11,8 @@ export PROMPT
 
 # One thread: a model this small gains nothing from more, and waits for them where other programs use the cores.
 demo: $(VENV)/installed-runtime  ## stream a continuation; make demo PROMPT="A generator is"
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m modeling_xlstm generate --model checkpoints/xlstm-demo --prompt "$$PROMPT"
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
+	  $(BIN)/python -m modeling_xlstm generate --model checkpoints/xlstm-demo --prompt "$$PROMPT"
 
 test: check  ## everything that must pass before a change lands
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
