@@ -31,7 +31,7 @@ class _OneDNNLinear(torch.autograd.Function):
         dy = dy.contiguous()
         rows = dy.view(-1, dy.shape[-1])
         if ctx.needs_input_grad[0]:
-            dx = _multiply(dy, weight.t().contiguous(), None)
+            dx = _multiply(dy, weight.t(), None)
         if ctx.needs_input_grad[1]:
             dweight = rows.t() @ x.reshape(-1, x.shape[-1])
         if ctx.needs_input_grad[2]:
