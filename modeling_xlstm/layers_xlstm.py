@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import initialization as init
 
 from .cache_xlstm import LayerState
 from .checks import check_like, full_precision, state_dtype
 from .configuration_xlstm import XLSTMConfig
+from .fused import soft_cap
 from .linear import use_onednn
 from .mlstm import mlstm_chunkwise, mlstm_step
 from .mlstm_torch import MLSTMState
@@ -32,33 +32,6 @@ def small_std(config: XLSTMConfig) -> float:
 def wang_std(config: XLSTMConfig) -> float:
     """Initial standard deviation of projections back into the residual stream."""
     return 2 / (config.num_hidden_layers * math.sqrt(config.hidden_size))
-
-
-class _SoftCap(torch.autograd.Function):
-    """`cap * tanh(x / cap)` that keeps only its result, which matters at the size of logits."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, cap: float) -> Tensor:
-        y = (x / cap).tanh_().mul_(cap)
-        ctx.save_for_backward(y)
-        ctx.cap = cap
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
-        (y,) = ctx.saved_tensors
-        return (y * y).mul_(-1 / ctx.cap**2).add_(1).mul_(dy), None
-
-
-def soft_cap(x: Tensor, cap: float | None) -> Tensor:
-    """`cap * tanh(x / cap)`, computed in float32 or better; x itself without a cap."""
-    if cap is None:
-        return x
-    y = x.to(state_dtype(x.dtype))
-    # a compiler fuses these itself
-    y = cap * torch.tanh(y / cap) if torch.compiler.is_compiling() else _SoftCap.apply(y, cap)
-    return y.to(x.dtype)
 
 
 class XLSTMNorm(nn.Module):

@@ -29,6 +29,7 @@ from .backends import resolve
 from .cache_xlstm import LayerState, XLSTMCache
 from .checks import check_float, check_sequence
 from .configuration_xlstm import XLSTMConfig
+from .fused import causal_lm_loss, soft_cap
 from .layers_xlstm import (
     BlockDiagonalLinear,
     CausalConv1d,
@@ -41,7 +42,6 @@ from .layers_xlstm import (
     XLSTMNorm,
     init_linear_,
     small_std,
-    soft_cap,
 )
 from .linear import use_onednn
 
@@ -321,6 +321,7 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         self.model = XLSTMModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = use_onednn(nn.Linear(config.hidden_size, config.vocab_size, bias=False))
+        self.loss_function = causal_lm_loss
         self.post_init()
 
     @can_return_tuple

@@ -1,0 +1,120 @@
+"""Chains of elementwise operations as one function each: the soft cap, and the loss of a language model.
+
+Logits are the largest tensors of a model. Each function here walks over them a block at a time, which stays in the
+cache, and keeps nothing of their size but its result. A compiler does that by itself, and is given the plain formula.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .checks import state_dtype
+
+
+# Numbers handled at once: four megabytes on a CPU, less than its cache; elsewhere enough to occupy the device.
+BLOCK = {"cpu": 1 << 20}
+LARGE_BLOCK = 1 << 26
+
+
+def _blocks(x: Tensor) -> Iterator[slice]:
+    """Slices of the rows of x `[N, width]`."""
+    step = max(1, BLOCK.get(x.device.type, LARGE_BLOCK) // x.shape[-1])
+    return (slice(start, start + step) for start in range(0, x.shape[0], step))
+
+
+class _SoftCap(torch.autograd.Function):
+    """`cap * tanh(x / cap)` that keeps only its result."""
+
+    @staticmethod
+    def forward(x: Tensor, cap: float) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        y = torch.empty_like(rows)
+        for block in _blocks(rows):
+            torch.mul(rows[block], 1 / cap, out=y[block]).tanh_().mul_(cap)
+        return y.view(x.shape)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(output)
+        ctx.cap = inputs[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
+        y = ctx.saved_tensors[0].view(-1, dy.shape[-1])
+        dy_rows, dx = dy.reshape(y.shape), torch.empty_like(y)
+        for block in _blocks(y):
+            torch.mul(y[block], y[block], out=dx[block]).mul_(-1 / ctx.cap**2).add_(1).mul_(dy_rows[block])
+        return dx.view(dy.shape), None
+
+
+def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+    """`cap * tanh(x / cap)`, computed in float32 or better; x itself without a cap."""
+    if cap is None:
+        return x
+    y = x.to(state_dtype(x.dtype))
+    y = cap * torch.tanh(y / cap) if torch.compiler.is_compiling() else _SoftCap.apply(y, cap)
+    return y.to(x.dtype)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Sum of the cross-entropies of logits `[N, V]` to labels `[N]`, and the log of each row's partition function."""
+
+    @staticmethod
+    def forward(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+        log_z = logits.new_empty(logits.shape[0], dtype=state_dtype(logits.dtype))
+        for block in _blocks(logits):
+            log_z[block] = torch.logsumexp(logits[block].to(log_z.dtype), -1)
+        real = labels != ignore_index
+        own = logits.gather(1, labels.where(real, 0)[:, None]).squeeze(1)
+        return (log_z - own).where(real, 0.0).sum(), log_z
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple) -> None:
+        logits, labels, ctx.ignore_index = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(logits, labels, output[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_loss: Tensor, _) -> tuple[Tensor, None, None]:
+        logits, labels, log_z = ctx.saved_tensors
+        real = labels != ctx.ignore_index
+        labels, scale = labels.where(real, 0)[:, None], real * d_loss
+        d_logits = torch.empty_like(logits)
+        for block in _blocks(logits):
+            d = (logits[block] - log_z[block, None]).exp_().mul_(scale[block, None])
+            d_logits[block] = d.scatter_add_(1, labels[block], -scale[block, None])
+        return d_logits, None, None
+
+
+def causal_lm_loss(
+    logits: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **kwargs,
+) -> Tensor:
+    """Cross-entropy of next tokens, in float32 or better: what Transformers calls `ForCausalLMLoss`.
+
+    Args:
+        logits: `[B, T, vocab_size]`, any floating dtype.
+        labels: Token ids `[B, T]`, shifted here by one; those that are `ignore_index` do not count.
+        num_items_in_batch: What the sum is divided by, where a batch is accumulated from parts; otherwise the mean.
+        shift_labels: Labels that are already shifted, in place of `labels`.
+    """
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    labels = shift_labels.reshape(-1).to(logits.device)
+    logits = logits.reshape(-1, vocab_size)
+    if torch.compiler.is_compiling():
+        logits = logits.to(state_dtype(logits.dtype))
+        total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
+    else:
+        total, _ = _CrossEntropy.apply(logits, labels, ignore_index)
+    return total / ((labels != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch)
