@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .backends import resolve
 from .checks import check_float, check_like, check_same_dtype, check_sequence, full_precision, state_dtype
-from .mlstm_torch import MLSTMState, hold_padding
+from .mlstm_torch import MLSTMState, clear_closed, hold_padding
 from .mlstm_torch import mlstm_chunkwise as mlstm_chunkwise_torch
 from .mlstm_torch import mlstm_step as mlstm_step_torch
 
@@ -34,7 +34,8 @@ def mlstm_chunkwise(
     Args:
         q, k: Queries and keys `[B, T, H, K]`, one floating dtype; q is scaled by `K ** -0.5` inside.
         v: Values `[B, T, H, V]`, of the dtype of q.
-        igate, fgate: Gate pre-activations `[B, T, H]`, any floating dtype (float32 recommended).
+        igate, fgate: Gate pre-activations `[B, T, H]`, any floating dtype (float32 recommended). An input gate of
+            minus infinity lets nothing in, a forget gate of minus infinity empties the state.
         state: State to start from, of batch B (N with `cu_seqlens`); zeros when omitted. Differentiable.
         mask: `[B, T]` bool, False at padded positions, which leave the state as it was and do not enter it.
         cu_seqlens: `[N + 1]` int32 boundaries of N sequences packed into a batch of 1; the state restarts at each.
@@ -66,6 +67,7 @@ def mlstm_chunkwise(
     resolve(backend, q)
     state = _check_state(state, q, v, sequences)
     igate, fgate = hold_padding(igate, fgate, mask)
+    k, igate = clear_closed(k, igate, fgate)
     with full_precision(q.device):
         h, *state = mlstm_chunkwise_torch(q, k, v, igate, fgate, *state, cu_seqlens, input_gate, chunk_size, eps)
     return h, MLSTMState(*state)

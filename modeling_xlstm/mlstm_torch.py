@@ -47,6 +47,7 @@ def mlstm_step(
     logf = F.logsigmoid(fgate)
     if input_gate == "exp":
         m_new = torch.maximum(logf + m, igate)
+        m_new = torch.where(m_new == -math.inf, 0.0, m_new)  # nothing is left, and nothing enters: empty again
     else:
         igate, m_new = F.logsigmoid(igate), torch.zeros_like(m)
         m = m_new
@@ -83,42 +84,50 @@ def hold_padding(igate: Tensor, fgate: Tensor, mask: Tensor | None) -> tuple[Ten
     return igate.masked_fill(padding, -math.inf), fgate.masked_fill(padding, math.inf)
 
 
-class _Chunks:
-    """Splits `[B, T, H, ...]` into chunks `[B, H, N, L, ...]`, each sequence starting a chunk of its own, and back.
+def clear_closed(k: Tensor, igate: Tensor, fgate: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and input gates that leave an empty state where both gates are minus infinity: a key of zero, let in."""
+    closed = torch.isneginf(igate) & torch.isneginf(fgate)
+    # elsewhere than on a CPU, looking would wait for the device
+    if k.device.type == "cpu" and not torch.compiler.is_compiling() and not closed.any():
+        return k, igate
+    return k.masked_fill(closed[..., None], 0.0), igate.masked_fill(closed, 0.0)
 
-    `segments` lists (first chunk, end chunk, batch row of the chunks, rows of the state) of each run of chunks to scan.
+
+class _Chunks:
+    """Splits `[B, T, H, ...]` into chunks `[N, B, H, L, ...]`, each sequence starting a chunk of its own, and back.
+
+    `segments` lists (first chunk, end chunk, rows of the state) of each run of chunks that hand on a state.
     """
 
     def __init__(self, x: Tensor, chunk_size: int, cu_seqlens: Tensor | None):
-        B, self.T = x.shape[:2]
+        self.T = x.shape[1]
         self.L = min(chunk_size, self.T)
         if cu_seqlens is None:
             self.N = -(-self.T // self.L)
             self.slots = None
             self.segments = [(0, self.N, slice(None))]
             return
-        bounds = cu_seqlens.tolist()
         slots, self.N, self.segments = [], 0, []
-        for s, (start, end) in enumerate(pairwise(bounds)):
-            chunks = max(1, -(-(end - start) // self.L))
+        for s, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
+            chunks = -(-(end - start) // self.L)
             slots.append(torch.arange(end - start) + self.N * self.L)
             self.segments.append((self.N, self.N + chunks, slice(s, s + 1)))
             self.N += chunks
         self.slots = torch.cat(slots).to(x.device)
 
     def split(self, x: Tensor, dtype: torch.dtype, fill: float = 0.0) -> Tensor:
-        """`[B, T, H, ...]` to a contiguous `[B, H, N, L, ...]` of `dtype`, with `fill` where there is no token."""
+        """`[B, T, H, ...]` to a contiguous `[N, B, H, L, ...]` of `dtype`, with `fill` where there is no token."""
         if self.slots is not None:
             y = x.new_full((1, self.N * self.L, *x.shape[2:]), fill)
             y[:, self.slots] = x
             x = y
         elif self.N * self.L != self.T:
             x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, self.N * self.L - self.T), value=fill)
-        return x.unflatten(1, (self.N, self.L)).movedim(3, 1).to(dtype).contiguous()
+        return x.unflatten(1, (self.N, self.L)).movedim(0, 1).transpose(2, 3).to(dtype).contiguous()
 
     def merge(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The inverse of `split`."""
-        x = x.movedim(1, 3).flatten(1, 2)
+        x = x.transpose(2, 3).movedim(1, 0).flatten(1, 2)
         x = x[:, : self.T] if self.slots is None else x[:, self.slots]
         return x.to(dtype).contiguous()
 
@@ -126,18 +135,18 @@ class _Chunks:
 class _Weights(NamedTuple):
     """What every token of a chunk weighs in every later row, and what the state before the chunk weighs."""
 
-    W: Tensor  # [B, H, N, L, L] exp(D - m), zero above the diagonal; the last row weighs tokens in the next state
-    g: Tensor  # [B, H, N, L] the weight of the state before the chunk in each row; the last also in the next state
-    m: Tensor  # [B, H, N, L] stabiliser of each row
-    from_state: Tensor  # [B, H, N, L] True where m comes through the state before the chunk
-    source: Tensor  # [B, H, N, L] else the token that it comes from
+    W: Tensor  # [N, B, H, L, L] exp(D - m), zero above the diagonal; the last row weighs tokens in the next state
+    g: Tensor  # [N, B, H, L] the weight of the state before the chunk in each row; the last also in the next state
+    m: Tensor  # [N, B, H, L] stabiliser of each row
+    from_state: Tensor  # [N, B, H, L] True where m comes through the state before the chunk
+    source: Tensor  # [N, B, H, L] else the token that it comes from
 
 
 def _weights(logi: Tensor, logf: Tensor, m: Tensor, chunks: _Chunks, input_gate: str) -> tuple[_Weights, Tensor]:
-    """Weights of all chunks from log gates `[B, H, N, L]` and the initial `m`; also the final `m`."""
+    """Weights of all chunks from log gates `[N, B, H, L]` and the initial `m`; also the final `m`."""
     L = chunks.L
     causal = torch.ones(L, L, dtype=torch.bool, device=logf.device).tril()
-    # Sums over segments rather than differences of one cumulative sum: exact for any gate, -inf included.
+    # Sums over segments rather than differences of one cumulative sum: exact for any gate.
     D = logf[..., None].expand(*logf.shape, L).masked_fill(~causal.tril(-1), 0.0).cumsum(-2)
     D = (D + logi[..., None, :]).masked_fill_(~causal, -math.inf)
     b = logf.cumsum(-1)
@@ -150,8 +159,8 @@ def _weights(logi: Tensor, logf: Tensor, m: Tensor, chunks: _Chunks, input_gate:
     for first, end, rows in chunks.segments:
         m_next = m[rows]
         for n in range(first, end):
-            before[:, :, n] = m_next
-            m_next = torch.maximum(b[:, :, n, -1] + m_next, row_max[:, :, n, -1])
+            before[n] = m_next
+            m_next = torch.maximum(b[n, ..., -1] + m_next, row_max[n, ..., -1])
         m_last[rows] = m_next
     through_state = b + before[..., None]
     m_rows = torch.maximum(through_state, row_max)
@@ -159,47 +168,36 @@ def _weights(logi: Tensor, logf: Tensor, m: Tensor, chunks: _Chunks, input_gate:
     return _Weights(W, (through_state - m_rows).exp_(), m_rows, through_state >= row_max, source), m_last
 
 
-def _scan(decay: Tensor, update: Tensor, initial: Tensor, chunks: _Chunks) -> tuple[Tensor, Tensor]:
-    """`x[n + 1] = decay[n] x[n] + update[n]` within each segment: all `x[n]` before each chunk, and the last ones."""
-    before, last = torch.empty_like(update), torch.empty_like(initial)
-    for first, end, rows in chunks.segments:
-        x = initial[rows]
-        for n in range(first, end):
-            before[:, :, n] = x
-            x = torch.addcmul(update[:, :, n], decay[:, :, n], x)
-        last[rows] = x
-    return before, last
+class _Chunked:
+    """What the forward and the backward pass both need: inputs in chunks, their weights, and the rows' denominators."""
 
-
-def _scan_back(decay: Tensor, update: Tensor, final: Tensor, chunks: _Chunks) -> tuple[Tensor, Tensor]:
-    """The adjoint of `_scan`: gradients of the state after each chunk, and of the initial ones."""
-    after, first_grad = torch.empty_like(update), torch.empty_like(final)
-    for first, end, rows in chunks.segments:
-        x = final[rows]
-        for n in reversed(range(first, end)):
-            after[:, :, n] = x
-            x = torch.addcmul(update[:, :, n], decay[:, :, n], x)
-        first_grad[rows] = x
-    return after, first_grad
-
-
-class _Chunked(NamedTuple):
-    """Inputs split into chunks, in the dtype of the state."""
-
-    q: Tensor  # [B, H, N, L, K], scaled
-    k: Tensor  # [B, H, N, L, K]
-    v: Tensor  # [B, H, N, L, V]
-    logi: Tensor  # [B, H, N, L]
-    logf: Tensor  # [B, H, N, L]
-
-
-def _split(q, k, v, igate, fgate, chunks: _Chunks, dtype: torch.dtype, input_gate: str) -> _Chunked:
-    logi = chunks.split(igate, dtype, fill=-math.inf)
-    if input_gate == "sigmoid":
-        logi = F.logsigmoid(logi)
-    logf = F.logsigmoid(chunks.split(fgate, dtype, fill=math.inf))
-    q = chunks.split(q, dtype) * q.shape[-1] ** -0.5
-    return _Chunked(q, chunks.split(k, dtype), chunks.split(v, dtype), logi, logf)
+    def __init__(self, q, k, v, igate, fgate, n, m, chunks: _Chunks, input_gate: str, eps: float):
+        dtype = m.dtype
+        logi = chunks.split(igate, dtype, fill=-math.inf)
+        logf = F.logsigmoid(chunks.split(fgate, dtype, fill=math.inf))
+        logi = F.logsigmoid(logi) if input_gate == "sigmoid" else logi
+        self.w, self.m_last = _weights(logi, logf, m, chunks, input_gate)
+        self.q = chunks.split(q, dtype) * q.shape[-1] ** -0.5
+        self.k, self.v = chunks.split(k, dtype), chunks.split(v, dtype)
+        # through the state to the next chunk, and from the state to the rows
+        self.decay = self.w.g[..., -1]
+        self.k_next = self.k * self.w.W[..., -1, :, None]
+        self.q_state = self.q * self.w.g[..., None]
+        self.n_before = torch.empty_like(self.k[..., 0, :])
+        self.n_last = n.clone()
+        entering = self.k_next.sum(-2)
+        for first, end, rows in chunks.segments:
+            x = n[rows]
+            for i in range(first, end):
+                self.n_before[i] = x
+                x = torch.addcmul(entering[i], self.decay[i, ..., None], x)
+            self.n_last[rows] = x
+        # from tokens of the chunk to its rows
+        self.P = self.q @ self.k.mT
+        self.S = self.P * self.w.W
+        self.normaliser = self.S.sum(-1) + (self.q_state @ self.n_before[..., None]).squeeze(-1)
+        self.floor = _floor(self.w.m)
+        self.denominator = torch.maximum(self.normaliser.abs(), self.floor) + eps
 
 
 @torch.library.custom_op("modeling_xlstm::mlstm_chunkwise", mutates_args=())
@@ -209,21 +207,26 @@ def mlstm_chunkwise(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """h `[B, T, H, V]` in the dtype of v, and the final C, n, m. One op to `torch.compile` and `torch.export`."""
     chunks = _Chunks(q, chunk_size, cu_seqlens)
-    x = _split(q, k, v, igate, fgate, chunks, C.dtype, input_gate)
-    w, m_last = _weights(x.logi, x.logf, m, chunks, input_gate)
-    # 1. the state before each chunk, from the weighted keys of the chunks before it
-    k_next = x.k * w.W[..., -1, :, None]
-    decay = w.g[..., -1]
-    C_before, C_last = _scan(decay[..., None, None], k_next.mT @ x.v, C, chunks)
-    n_before, n_last = _scan(decay[..., None], k_next.sum(-2), n, chunks)
-    # 2. each row: earlier tokens of its own chunk, and the state
-    S = (x.q @ x.k.mT).mul_(w.W)
-    q_state = x.q * w.g[..., None]
-    numerator = (S @ x.v).add_(q_state @ C_before)
-    normaliser = S.sum(-1) + (q_state @ n_before[..., None]).squeeze(-1)
-    denominator = torch.maximum(normaliser.abs(), _floor(w.m)) + eps
-    h = numerator.div_(denominator[..., None])
-    return chunks.merge(h, v.dtype), C_last, n_last, m_last
+    x = _Chunked(q, k, v, igate, fgate, n, m, chunks, input_gate, eps)
+    # each row: earlier tokens of its own chunk, and the state before the chunk
+    numerator = x.S @ x.v
+    C = C.clone(memory_format=torch.contiguous_format)
+    for first, end, rows in chunks.segments:
+        for i in range(first, end):
+            _matrices(numerator[i]).baddbmm_(_matrices(x.q_state[i]), _matrices(C[rows]))
+            _advance(C[rows], x.decay[i], x.k_next[i], x.v[i])
+    h = numerator.div_(x.denominator[..., None])
+    return chunks.merge(h, v.dtype), C, x.n_last, x.m_last
+
+
+def _matrices(x: Tensor) -> Tensor:
+    """`[B, H, ...]` as a batch of B H matrices, of the same memory."""
+    return x.view(-1, *x.shape[-2:])
+
+
+def _advance(state: Tensor, decay: Tensor, left: Tensor, right: Tensor) -> None:
+    """`state = decay * state + left^T right` in place: `[B, H, K, V]` from `[B, H]`, `[B, H, L, K]`, `[B, H, L, V]`."""
+    _matrices(state.mul_(decay[..., None, None])).baddbmm_(_matrices(left).mT, _matrices(right))
 
 
 @mlstm_chunkwise.register_fake
@@ -244,46 +247,51 @@ def _mlstm_chunkwise_backward(
     """
     dtype = C.dtype
     chunks = _Chunks(q, chunk_size, cu_seqlens)
-    x = _split(q, k, v, igate, fgate, chunks, dtype, input_gate)
-    w, _ = _weights(x.logi, x.logf, m, chunks, input_gate)
-    w_next, decay = w.W[..., -1, :, None], w.g[..., -1]
-    k_next = x.k * w_next
-    C_before, C_last = _scan(decay[..., None, None], k_next.mT @ x.v, C, chunks)
-    n_before, n_last = _scan(decay[..., None], k_next.sum(-2), n, chunks)
-    P = x.q @ x.k.mT
-    S = P * w.W
-    q_state = x.q * w.g[..., None]
-    normaliser = S.sum(-1) + (q_state @ n_before[..., None]).squeeze(-1)
-    floor = _floor(w.m)
-    denominator = torch.maximum(normaliser.abs(), floor) + eps
+    x = _Chunked(q, k, v, igate, fgate, n, m, chunks, input_gate, eps)
+    w, decay, S, q_state = x.w, x.decay, x.S, x.q_state
+    C_before, C_last = C.new_empty(*decay.shape, *C.shape[2:]), C.clone(memory_format=torch.contiguous_format)
+    for first, end, rows in chunks.segments:
+        for i in range(first, end):
+            C_before[i] = C_last[rows]
+            _advance(C_last[rows], decay[i], x.k_next[i], x.v[i])
 
     # 1. through h = numerator / denominator to the weights of tokens and states
-    d_numerator = chunks.split(dh, dtype) / denominator[..., None]
+    d_numerator = chunks.split(dh, dtype) / x.denominator[..., None]
     dS = d_numerator @ x.v.mT
     dq_state = d_numerator @ C_before.mT
-    u = ((S * dS).sum(-1) + (q_state * dq_state).sum(-1)) / denominator
-    d_normaliser = torch.where(normaliser.abs() >= floor, -u * normaliser.sign(), 0.0)
+    u = ((S * dS).sum(-1) + (q_state * dq_state).sum(-1)) / x.denominator
+    d_normaliser = torch.where(x.normaliser.abs() >= x.floor, -u * x.normaliser.sign(), 0.0)
     dS.add_(d_normaliser[..., None])
-    dq_state.addcmul_(d_normaliser[..., None], n_before[..., None, :])
+    dq_state.addcmul_(d_normaliser[..., None], x.n_before[..., None, :])
 
     # 2. through the states
-    dC_after, dC_first = _scan_back(decay[..., None, None], q_state.mT @ d_numerator, dC, chunks)
-    dn_after, dn_first = _scan_back(decay[..., None], (q_state * d_normaliser[..., None]).sum(-2), dn, chunks)
-    dk_next = (x.v @ dC_after.mT).add_(dn_after[..., None, :])
+    dv = S.mT @ d_numerator
+    dk_next = torch.empty_like(x.k)
+    d_decay = torch.empty_like(decay)
+    dn_entering = (q_state * d_normaliser[..., None]).sum(-2)
+    dC_first, dn_first = dC.clone(memory_format=torch.contiguous_format), dn.clone()
+    for first, end, rows in chunks.segments:
+        dC_after, dn_after = dC_first[rows], dn[rows]
+        for i in reversed(range(first, end)):
+            torch.add(x.v[i] @ dC_after.mT, dn_after[..., None, :], out=dk_next[i])
+            _matrices(dv[i]).baddbmm_(_matrices(x.k_next[i]), _matrices(dC_after))
+            d_decay[i] = torch.linalg.vecdot(dC_after, C_before[i]).sum(-1) + (dn_after * x.n_before[i]).sum(-1)
+            _advance(dC_after, decay[i], q_state[i], d_numerator[i])
+            dn_after = torch.addcmul(dn_entering[i], decay[i, ..., None], dn_after)
+        dn_first[rows] = dn_after
 
     # 3. q, k, v
-    dv = (S.mT @ d_numerator).add_(k_next @ dC_after)
     dP = dS.mul_(w.W)
     dq = (dP @ x.k).addcmul_(w.g[..., None], dq_state).mul_(q.shape[-1] ** -0.5)
-    dk = (dP.mT @ x.q).addcmul_(w_next, dk_next)
+    dk = (dP.mT @ x.q).addcmul_(w.W[..., -1, :, None], dk_next)
 
     # 4. gates: every weight is the exponential of a sum of log gates
-    dD = dP.mul_(P)
-    dD[..., -1, :] += (k_next * dk_next).sum(-1)
+    dD = dP.mul_(x.P)
+    dD[..., -1, :] += (x.k_next * dk_next).sum(-1)
     d_state = (q_state * dq_state).sum(-1)
-    d_state[..., -1] += decay * ((dC_after * C_before).sum((-1, -2)) + (dn_after * n_before).sum(-1))
+    d_state[..., -1] += decay * d_decay
     if input_gate == "exp":
-        dm = dm - (dC * C_last).sum((-1, -2)) - (dn * n_last).sum(-1)
+        dm = dm - (dC * C_last).sum((-1, -2)) - (dn * x.n_last).sum(-1)
         dm_first = _stabiliser_backward(dD, d_state, -eps * u, dm, w, chunks)
         dm_first += (dC_first * C).sum((-1, -2)) + (dn_first * n).sum(-1)
     else:
@@ -308,8 +316,8 @@ def _stabiliser_backward(
     for first, end, rows in chunks.segments:
         carry = dm[rows]
         for n in reversed(range(first, end)):
-            dm_rows[:, :, n, -1] += carry
-            carry = (dm_rows[:, :, n] * w.from_state[:, :, n]).sum(-1)
+            dm_rows[n, ..., -1] += carry
+            carry = (dm_rows[n] * w.from_state[n]).sum(-1)
         dm_first[rows] = carry
     d_state += dm_rows * w.from_state
     dD.scatter_add_(-1, w.source[..., None], (dm_rows * ~w.from_state)[..., None])

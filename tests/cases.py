@@ -46,6 +46,8 @@ def _gates(shape: Sequence[int], regime: str, generator: torch.Generator) -> tup
         igate, fgate = igate + 30 * coin[0] - 15 + 25 * (die > 0.9), fgate + 60 * coin[1] - 30
     elif regime == "resets":
         fgate = fgate.masked_fill(die < 0.1, -math.inf)
+    elif regime == "closed":  # both gates at once, or one
+        igate, fgate = igate.masked_fill(die < 0.2, -math.inf), fgate.masked_fill((die - 0.15).abs() < 0.1, -math.inf)
     return igate, fgate
 
 

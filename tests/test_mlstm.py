@@ -145,7 +145,7 @@ def test_chunkwise_is_recurrent_for_any_length_and_chunk_size(T, chunk_size, inp
 
 @pytest.mark.parametrize("eps", [0.0, 1e-6])
 @pytest.mark.parametrize("input_gate", INPUT_GATES)
-@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("regime", [*REGIMES, "closed"])
 def test_chunkwise_is_recurrent_for_extreme_gates(regime, input_gate, eps):
     x = mlstm_inputs(2, 65, regime=regime)
     expected = oracle(65, regime, input_gate, eps)
@@ -279,7 +279,7 @@ def test_low_precision_inputs_cost_only_their_own_rounding(input_gate, dtype, ga
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("regime", [*REGIMES, "closed"])
 def test_extreme_gates_stay_finite_in_every_dtype(dtype, regime):
     x = rounded(mlstm_inputs(2, 65, regime=regime), dtype)
     for name, result in outputs_and_grads(partial(chunkwise, chunk_size=16), x).items():
