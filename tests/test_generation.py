@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+import transformers
 from models import KINDS, TWO_KINDS, VOCAB, assert_near, random_ids, tiny_config, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TextIteratorStreamer, TextStreamer, pipeline
@@ -23,6 +24,7 @@ def letters_tokenizer():
     )
 
 
+TRANSFORMERS = tuple(int(number) for number in transformers.__version__.split(".")[:2])
 # A text that held the padding token would be taken for padded where it is given without a mask.
 NEVER = [0, 1]
 
@@ -279,6 +281,8 @@ def from_scratch(model, turns):
 @pytest.mark.parametrize("give", ["full ids", "new ids"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_conversation_with_the_returned_cache_is_the_one_from_scratch(kind, give, options):
+    if options and give == "full ids" and TRANSFORMERS < (5, 21):
+        pytest.skip("before 5.21, generate reads in pieces what the cache has seen as well, whatever the model")
     model = tiny_model(kind)
     turns = [random_ids(2, length, seed=length) for length in TURNS]
     text, _ = converse(model, turns, give=give, **options)
