@@ -4,10 +4,14 @@
 """
 
 import torch
+import transformers
+from packaging.version import Version
 
 
 BACKENDS = ("auto", "torch", "triton")
 HAS_ONEDNN_LINEAR = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+# Earlier versions start over from the first token when they read a prompt in pieces, whatever a cache has seen.
+READS_ON_IN_PIECES = Version(transformers.__version__) >= Version("5.21")
 
 
 def resolve(requested: str, tensor: torch.Tensor) -> str:

@@ -69,6 +69,7 @@ class XLSTMCacheLayer:
     def __init__(self, kind: str):
         self.kind = kind
         self.state: LayerState | None = None
+        self.is_empty = True  # of tokens: a state of zeros is kept for its address
         self.records: list[Record] = []
         self.record_past = False
 
@@ -90,6 +91,7 @@ class XLSTMCacheLayer:
 
     def update(self, state: LayerState) -> None:
         """Stores `state`: in place where nothing can differentiate through it and the shapes agree."""
+        self.is_empty = False
         if self.state is not None and not torch.is_grad_enabled():
             old, new = self.state.tensors(), state.tensors()
             if all(old[name].shape == new[name].shape and is_writable(old[name]) for name in old):
@@ -109,6 +111,7 @@ class XLSTMCacheLayer:
     def reset(self) -> None:
         with torch.no_grad():
             self.map(torch.zeros_like)
+        self.is_empty = True
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.map(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -163,12 +166,22 @@ class XLSTMCache(Cache):
 
     def __init__(self, config: XLSTMConfig):
         super().__init__(layers=[XLSTMCacheLayer(kind) for kind in config.block_types])  # type: ignore[misc]
+        self.input_gate = config.mlstm_input_gate
+        self.is_broken = False  # whether some layers have read more tokens than others
         # A tensor, so that counting tokens does not recompile a decode step.
         self.seen_tokens = torch.zeros((), dtype=torch.int64)
 
+    def get_state(self, layer_idx: int, batch_size: int) -> LayerState | None:
+        """The state that a layer starts from. That of an empty text is of any batch size."""
+        layer = self.layers[layer_idx]
+        if layer.state is not None and layer.batch_size != batch_size and layer.is_empty:
+            return None
+        return layer.state
+
     def update(self, state: LayerState, layer_idx: int) -> None:  # type: ignore[override]
-        """Stores the state of a layer after a forward pass."""
+        """Stores the state of a layer after a forward pass, which updates all layers in turn."""
         self.layers[layer_idx].update(state)
+        self.is_broken = layer_idx + 1 < len(self.layers)
 
     def advance(self, tokens: int, device: torch.device) -> None:
         """Counts `tokens` more positions, padding included."""
@@ -192,6 +205,7 @@ class XLSTMCache(Cache):
     def reset(self) -> None:
         """Back to an empty text, at the same addresses."""
         super().reset()
+        self.is_broken = False
         self.advance(-self.get_seq_length(), self.seen_tokens.device)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -214,6 +228,24 @@ class XLSTMCache(Cache):
         self.seen_tokens = self.seen_tokens.to(device)
         return self
 
+    def check(self, config: XLSTMConfig) -> None:
+        """Raises ValueError unless this is the state of a model of `config`, as far as that shows."""
+        kinds = [layer.kind for layer in self.layers]
+        if kinds != config.block_types:
+            raise ValueError(
+                f"past_key_values must be of a model with blocks {config.block_types}, got blocks {kinds}."
+            )
+        if "mlstm" in kinds and self.input_gate != config.mlstm_input_gate:
+            raise ValueError(
+                f"past_key_values must be of a model with mlstm_input_gate {config.mlstm_input_gate!r}, "
+                f"got {self.input_gate!r}."
+            )
+        if self.is_broken:
+            raise ValueError(
+                "past_key_values must be of a text read to its end, got the states that a forward pass left when it "
+                "failed half-way; reset() empties them."
+            )
+
     def save(self, path: str | os.PathLike) -> None:
         """Writes the states as safetensors. Raises ValueError if there are none."""
         tensors = {
@@ -224,8 +256,12 @@ class XLSTMCache(Cache):
         }
         if not tensors:
             raise ValueError("Only a cache with states can be saved, got one that has seen no tokens.")
-        kinds = json.dumps([layer.kind for layer in self.layers])
-        save_file(tensors, path, metadata={"seen_tokens": str(self.get_seq_length()), "block_types": kinds})
+        metadata = {
+            "seen_tokens": str(self.get_seq_length()),
+            "block_types": json.dumps([layer.kind for layer in self.layers]),
+            "mlstm_input_gate": self.input_gate,
+        }
+        save_file(tensors, path, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike, config: XLSTMConfig, device: torch.device | str = "cpu") -> "XLSTMCache":
@@ -240,6 +276,9 @@ class XLSTMCache(Cache):
         kinds = json.loads(metadata.get("block_types", "null"))
         if kinds != config.block_types:
             raise ValueError(f"{path} must hold the state of blocks {config.block_types}, got {kinds}.")
+        gate = metadata.get("mlstm_input_gate")
+        if "mlstm" in kinds and gate != config.mlstm_input_gate:
+            raise ValueError(f"{path} must hold the state of an {config.mlstm_input_gate!r} input gate, got {gate!r}.")
         for i, layer in enumerate(cache.layers):
             cell = MLSTMState if layer.kind == "mlstm" else SLSTMState
             missing = [f"layers.{i}.{name}" for name in cell._fields if f"layers.{i}.{name}" not in tensors]

@@ -89,7 +89,7 @@ class XLSTMConfig(PreTrainedConfig):
         chunk_size (`int`, *optional*, defaults to 64): Chunk length of the mLSTM cell; changes speed, not results.
         backend (`str`, *optional*, defaults to `"auto"`): Kernels: `"auto"`, `"torch"` or `"triton"`.
         keep_gates_in_fp32 (`bool`, *optional*, defaults to `True`):
-            Gate projections of the mLSTM stay in float32 when the model is loaded in bfloat16 or float16.
+            Input projections of the gates stay in float32 when the model is loaded in bfloat16 or float16.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`): Share the input embedding with `lm_head`.
         use_cache (`bool`, *optional*, defaults to `True`): Return the recurrent state when not training.
         pad_token_id, bos_token_id, eos_token_id (`int`, *optional*, defaults to 1, 0, 0):

@@ -33,7 +33,7 @@ class _SoftCap(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         y = torch.empty_like(rows)
         for block in _blocks(rows):
-            torch.mul(rows[block], 1 / cap, out=y[block]).tanh_().mul_(cap)
+            torch.div(rows[block], cap, out=y[block]).tanh_().mul_(cap)
         return y.view(x.shape)
 
     @staticmethod
@@ -56,7 +56,10 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
     if cap is None:
         return x
     y = x.to(state_dtype(x.dtype))
-    y = cap * torch.tanh(y / cap) if torch.compiler.is_compiling() else _SoftCap.apply(y, cap)
+    if torch.is_grad_enabled() and y.requires_grad and not torch.compiler.is_compiling():
+        y = _SoftCap.apply(y, cap)
+    else:
+        y = cap * torch.tanh(y / cap)
     return y.to(x.dtype)
 
 
@@ -107,10 +110,14 @@ def causal_lm_loss(
         labels: Token ids `[B, T]`, shifted here by one; those that are `ignore_index` do not count.
         num_items_in_batch: What the sum is divided by, where a batch is accumulated from parts; otherwise the mean.
         shift_labels: Labels that are already shifted, in place of `labels`.
+
+    Raises:
+        TypeError, IndexError: The labels are no integers, or (on a CPU) not of the vocabulary.
     """
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     labels = shift_labels.reshape(-1).to(logits.device)
+    _check_labels(labels, vocab_size, ignore_index)
     logits = logits.reshape(-1, vocab_size)
     if torch.compiler.is_compiling():
         logits = logits.to(state_dtype(logits.dtype))
@@ -118,3 +125,15 @@ def causal_lm_loss(
     else:
         total, _ = _CrossEntropy.apply(logits, labels, ignore_index)
     return total / ((labels != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def _check_labels(labels: Tensor, vocab_size: int, ignore_index: int) -> None:
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {labels.dtype}.")
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    wrong = labels[((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)]
+    if len(wrong):
+        raise IndexError(
+            f"labels must be from 0 to {vocab_size - 1}, or {ignore_index} for none, got {wrong[0].item()}."
+        )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .cache_xlstm import LayerState
-from .checks import check_like, full_precision, state_dtype
+from .checks import check_float, check_like, check_sequence, full_precision, state_dtype
 from .configuration_xlstm import XLSTMConfig
 from .fused import soft_cap
 from .linear import use_onednn
@@ -117,6 +117,14 @@ class GateLinear(nn.Linear):
             return F.linear(x.to(dtype), self.weight.to(dtype), bias)
 
 
+def check_layer_input(x: Tensor, size: int, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """x is `[B, T, size]`, and padding or boundaries fit it."""
+    check_float("x", x, "B T D")
+    if x.shape[-1] != size:
+        raise ValueError(f"x must have shape [B, T, {size}], got {tuple(x.shape)}.")
+    check_sequence(x.shape[0], x.shape[1], x.device, mask, cu_seqlens)
+
+
 def unpack_state(state: LayerState | None, conv: nn.Module | None) -> tuple[Any, Tensor | None]:
     """States of the cell and of the convolution, which a layer has if it has a convolution."""
     if state is None:
@@ -180,33 +188,40 @@ class CausalConv1d(nn.Module):
         check_like("the state of the convolution", state, (sequences, past, C), x.device, (dtype,))
         before = state.to(x.dtype)
         if cu_seqlens is not None:
-            # each sequence behind its own past: [past of 0 | tokens of 0 | past of 1 | tokens of 1 ...]
-            bounds = cu_seqlens.to(torch.int64)
-            token = torch.arange(T, device=x.device)
-            sequence = torch.searchsorted(bounds[1:], token, right=True)
-            slot = token + (sequence + 1) * past
-            offsets = torch.arange(past, device=x.device)
-            starts = bounds[:-1] + torch.arange(sequences, device=x.device) * past
-            padded = x.new_zeros(T + sequences * past, C)
-            padded = padded.index_put((starts[:, None] + offsets,), before).index_put((slot,), x[0])
-            y = self._convolve(padded[None])[:, slot - past]
-            new = padded[bounds[1:, None] + torch.arange(sequences, device=x.device)[:, None] * past + offsets]
+            y, new = self._packed(x, before, cu_seqlens)
         elif mask is not None:
-            # real tokens together, in order, behind the past; padding after them
-            order = torch.argsort(mask.long(), dim=1, descending=True, stable=True)
-            padded = torch.cat((before, x.gather(1, order[..., None].expand_as(x))), 1)
-            rank = (mask.long().cumsum(1) - 1).clamp(min=0)
-            y = self._convolve(padded).gather(1, rank[..., None].expand_as(x))
-            last = mask.sum(1, keepdim=True) + torch.arange(past, device=x.device)
-            new = padded.gather(1, last[..., None].expand(B, past, C))
+            y, new = self._padded(x, before, mask)
         else:
-            padded = torch.cat((before, x), 1)
-            y = self._convolve(padded)
-            new = padded[:, T:]
+            x = torch.cat((before, x), 1)
+            y, new = self._convolve(x), x[:, T:]
         return F.silu(y), new.to(dtype, copy=True)
+
+    def _packed(self, x: Tensor, before: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+        """Each sequence behind its own past: [past of 0 | tokens of 0 | past of 1 | tokens of 1 ...]."""
+        sequences, past, C = before.shape
+        bounds = cu_seqlens.to(torch.int64)
+        token, offsets = torch.arange(x.shape[1], device=x.device), torch.arange(past, device=x.device)
+        slot = token + (torch.searchsorted(bounds[1:], token, right=True) + 1) * past
+        starts = torch.arange(sequences, device=x.device) * past
+        x = x.new_zeros(len(token) + sequences * past, C).index_put((slot,), x[0])
+        x = x.index_put(((bounds[:-1] + starts)[:, None] + offsets,), before)
+        return self._convolve(x[None])[:, slot - past], x[(bounds[1:] + starts)[:, None] + offsets]
+
+    def _padded(self, x: Tensor, before: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Real tokens together, in order, behind the past; padding after them."""
+        order = torch.argsort(mask.long(), dim=1, descending=True, stable=True)
+        rank = (mask.long().cumsum(1) - 1).clamp(min=0)
+        last = mask.sum(1, keepdim=True) + torch.arange(before.shape[1], device=x.device)
+        x = torch.cat((before, _gather(x, order)), 1)
+        return _gather(self._convolve(x), rank), _gather(x, last)
 
     def _convolve(self, x: Tensor) -> Tensor:
         return F.conv1d(x.mT, self.weight[:, None], self.bias, groups=x.shape[-1]).mT
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """Positions `index` `[B, N]` of x `[B, T, C]`."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
 class GatedFeedForward(nn.Module):
@@ -274,6 +289,7 @@ class MLSTMLayer(_MLSTMMixer):
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, LayerState]:
+        check_layer_input(x, self.config.hidden_size, mask, cu_seqlens)
         cell, _ = unpack_state(state, None)
         q, k, v, o = self.qkvo_proj(x).split(self.splits, -1)
         h, cell = self._cell(q, k, v, x, cell, mask, cu_seqlens)
@@ -309,6 +325,7 @@ class MLSTMPreUpLayer(_MLSTMMixer):
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, LayerState]:
+        check_layer_input(x, self.config.hidden_size, mask, cu_seqlens)
         cell, conv = unpack_state(state, self.conv)
         x, z = self.up_proj(x).chunk(2, -1)
         c = x
@@ -368,6 +385,7 @@ class SLSTMLayer(nn.Module):
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, LayerState]:
+        check_layer_input(x, self.config.hidden_size, mask, cu_seqlens)
         cell, conv = unpack_state(state, self.conv)
         c = x
         if self.conv is not None:
@@ -383,7 +401,8 @@ class SLSTMLayer(nn.Module):
         return self.head_norm(h.to(x.dtype)), LayerState(cell, conv)
 
     def _gates(self, x: Tensor, first: int) -> Tensor:
-        """Input parts of two gates, `[B, T, D]` to `[B, T, H, 2, D / H]`."""
+        """Input parts of two gates, `[B, T, D]` to `[B, T, H, 2, D / H]`, in the dtype of their weight."""
         weight = self.gate_weight[:, first : first + 2].flatten(1, 2)
-        y = torch.einsum("bthi,hoi->btho", x.unflatten(-1, (weight.shape[0], -1)), weight)
+        x = x.to(weight.dtype).unflatten(-1, (weight.shape[0], -1))
+        y = torch.einsum("bthi,hoi->btho", x, weight)
         return y.unflatten(-1, (2, -1))

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
@@ -18,14 +19,18 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .backends import resolve
+from .backends import READS_ON_IN_PIECES, resolve
 from .cache_xlstm import LayerState, XLSTMCache
 from .checks import check_float, check_sequence
 from .configuration_xlstm import XLSTMConfig
@@ -104,7 +109,7 @@ class XLSTMPreTrainedModel(PreTrainedModel):
     def __init__(self, config: XLSTMConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
         # A pattern from the start of a name, which is all that some quantisers look at.
-        gates = {".*gate_proj"} if config.keep_gates_in_fp32 else set()
+        gates = {".*gate_proj", ".*gate_weight", ".*gate_bias"} if config.keep_gates_in_fp32 else set()
         # The first is also what quantisers leave alone, the second what stays float32 in a bfloat16 model.
         self._keep_in_fp32_modules, self._keep_in_fp32_modules_strict = gates, set(gates)
 
@@ -189,10 +194,7 @@ class XLSTMModel(XLSTMPreTrainedModel):
             _check_ids(input_ids, self.config.vocab_size)
             inputs_embeds = self.embed_tokens(input_ids)
         else:
-            check_float("inputs_embeds", inputs_embeds, "B T D")
-            if inputs_embeds.shape[-1] != self.config.hidden_size:
-                shape = tuple(inputs_embeds.shape)
-                raise ValueError(f"inputs_embeds must have shape [B, T, {self.config.hidden_size}], got {shape}.")
+            _check_embeds(inputs_embeds, self.embed_tokens.weight)
         cache = past_key_values
         if cache is None and use_cache and not self.training:
             cache = XLSTMCache(self.config)
@@ -201,6 +203,8 @@ class XLSTMModel(XLSTMPreTrainedModel):
             _check_checkpointing(self)
         B, T, _ = inputs_embeds.shape
         mask = _padding_mask(attention_mask, B, T, cache)
+        if input_ids is None and mask is not None:
+            inputs_embeds = inputs_embeds.masked_fill(~mask[..., None], 0.0)  # may hold anything there, even NaN
         cu_seqlens = _packed_bounds(kwargs, inputs_embeds, mask)
         if cu_seqlens is not None and cache is not None:
             if past_key_values is not None:
@@ -211,7 +215,7 @@ class XLSTMModel(XLSTMPreTrainedModel):
 
         x = inputs_embeds
         for i, block in enumerate(self.layers):
-            state = None if cache is None else cache.layers[i].state
+            state = None if cache is None else cache.get_state(i, B)
             if cache is not None and cache.is_recording:
                 cache.layers[i].record(T, _replay(block, x, mask))
             x, state = block(x, state, mask=mask, cu_seqlens=cu_seqlens)
@@ -236,12 +240,18 @@ def _check_ids(input_ids: Tensor, vocab_size: int) -> None:
             raise IndexError(f"input_ids must be from 0 to {vocab_size - 1}, got values from {low} to {high}.")
 
 
+def _check_embeds(inputs_embeds: Tensor, weight: Tensor) -> None:
+    check_float("inputs_embeds", inputs_embeds, "B T D")
+    if inputs_embeds.shape[-1] != weight.shape[-1]:
+        raise ValueError(f"inputs_embeds must have shape [B, T, {weight.shape[-1]}], got {tuple(inputs_embeds.shape)}.")
+    if inputs_embeds.dtype != weight.dtype and not torch.is_autocast_enabled(inputs_embeds.device.type):
+        raise TypeError(f"inputs_embeds must be {weight.dtype} like the weights, got {inputs_embeds.dtype}.")
+
+
 def _check_cache(cache: Cache, config: XLSTMConfig) -> None:
     if not isinstance(cache, XLSTMCache):
         raise TypeError(f"past_key_values must be an XLSTMCache, got {type(cache).__name__}.")
-    kinds = [layer.kind for layer in cache.layers]
-    if kinds != config.block_types:
-        raise ValueError(f"past_key_values must be of a model with blocks {config.block_types}, got blocks {kinds}.")
+    cache.check(config)
 
 
 def _check_checkpointing(model: XLSTMModel) -> None:
@@ -364,7 +374,7 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
             _check_finite(logits)
         loss = None
         if labels is not None:
-            _check_labels(labels, outputs.last_hidden_state)
+            _check_labels(labels, logits)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -382,10 +392,16 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         if (alias := model_kwargs.pop("cache_params", None)) is not None:
             model_kwargs.setdefault("past_key_values", alias)
         mask, embeds = model_kwargs.get("attention_mask"), model_kwargs.get("inputs_embeds")
-        if generation_config.prefill_chunk_size is not None and mask is not None and (mask[:, -1] == 0).any():
+        in_pieces = generation_config.prefill_chunk_size is not None
+        if in_pieces and mask is not None and (mask[:, -1] == 0).any():
             raise ValueError("prefill_chunk_size needs padding on the left, got an attention_mask that ends with 0.")
         if (cache := model_kwargs.get("past_key_values")) is not None:
             _check_cache(cache, self.config)
+            if in_pieces and cache.get_seq_length() and not READS_ON_IN_PIECES:
+                raise NotImplementedError(
+                    "prefill_chunk_size with a past_key_values that has seen tokens needs Transformers 5.21 or later, "
+                    f"got {transformers.__version__}."
+                )
             if embeds is not None:
                 seen = cache.get_seq_length()
                 if embeds.shape[1] <= seen or (mask is not None and embeds.shape[1] != mask.shape[1]):
@@ -429,9 +445,11 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         return {**inputs, name: x[rows, order], "attention_mask": mask.gather(1, order)}
 
 
-def _check_labels(labels: Tensor, x: Tensor) -> None:
-    if labels.shape != x.shape[:2]:
-        raise ValueError(f"labels must have shape {tuple(x.shape[:2])} like the input, got {tuple(labels.shape)}.")
+def _check_labels(labels: Tensor, logits: Tensor) -> None:
+    if labels.shape != logits.shape[:2]:
+        raise ValueError(
+            f"labels must have shape {tuple(logits.shape[:2])} like the logits, got {tuple(labels.shape)}."
+        )
 
 
 def _check_finite(logits: Tensor) -> None:
@@ -448,6 +466,55 @@ def _check_finite(logits: Tensor) -> None:
 
 class XLSTMForSequenceClassification(GenericForSequenceClassification, XLSTMPreTrainedModel):
     """A label for each sequence, read at its last token that is not padding."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutputWithPast:
+        r"""
+        Args:
+            attention_mask: `[B, T]`, zero at padding; without it, padding is what `config.pad_token_id` says.
+            labels: A class `[B]`, numbers `[B, num_labels]`, or several classes, by `config.problem_type`.
+            Others: As in [`XLSTMModel`].
+
+        Returns:
+            `loss`, `logits` `[B, num_labels]`, `past_key_values`, `hidden_states`.
+
+        Raises:
+            As [`XLSTMModel`]; and ValueError if nothing tells where the sequences of a batch end.
+        """
+        model = getattr(self, self.base_model_prefix)
+        outputs = model(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        x = outputs.last_hidden_state
+        last = self._last_tokens(x.shape[0], input_ids, attention_mask)
+        logits = self.score(x[torch.arange(x.shape[0], device=x.device), last])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    def _last_tokens(self, batch: int, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | int:
+        """Positions `[B]` of the last token of each sequence."""
+        if attention_mask is not None:
+            real = attention_mask != 0
+        elif batch == 1:
+            return -1
+        elif input_ids is not None and self.config.pad_token_id is not None:
+            real = input_ids != self.config.pad_token_id
+        else:
+            missing = "inputs_embeds" if input_ids is None else "input_ids, and no pad_token_id in the configuration"
+            raise ValueError(f"A batch of sequences must come with an attention_mask, got only {missing}.")
+        return (real * torch.arange(1, real.shape[1] + 1, device=real.device)).argmax(1)
 
 
 class XLSTMForTokenClassification(GenericForTokenClassification, XLSTMPreTrainedModel):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -124,6 +125,49 @@ def test_reset_equals_a_fresh_cache(kind):
         assert torch.equal(model(ids, past_key_values=cache).logits, model(ids).logits)
     assert_same_states(cache, cache_after(model, ids), 0)
     assert cache.get_seq_length() == 20
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_after_a_reset_the_batch_may_be_another(kind):
+    model = tiny_model(kind)
+    cache = cache_after(model, random_ids(2, 20))
+    cache.reset()
+    ids = random_ids(3, 20, seed=1)
+    with torch.no_grad():
+        assert torch.equal(model(ids, past_key_values=cache).logits, model(ids).logits)
+    assert_same_states(cache, cache_after(model, ids), 0)
+
+
+@pytest.mark.parametrize("kind", TWO_KINDS)
+def test_a_cache_that_a_failing_forward_pass_left_half_way_is_refused_until_it_is_reset(kind, monkeypatch):
+    model, ids = tiny_model(kind), random_ids(2, 20)
+    cache = cache_after(model, ids)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.model.layers[-1], "forward", raise_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids, past_key_values=cache)
+    for use in (model, partial(model.generate, max_new_tokens=1)):
+        with pytest.raises(ValueError, match=r"got the states that a forward pass left when it failed half-way; reset"):
+            use(ids, past_key_values=cache)
+    cache.reset()
+    with torch.no_grad():
+        assert torch.equal(model(ids, past_key_values=cache).logits, model(ids).logits)
+
+
+def raise_interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def test_the_state_of_another_input_gate_is_refused(tmp_path):
+    path, ids = tmp_path / "state.safetensors", random_ids(2, 5)
+    cache = cache_after(tiny_model("sigmoid"), ids)
+    with pytest.raises(ValueError, match="must be of a model with mlstm_input_gate 'exp', got 'sigmoid'"):
+        tiny_model("post_up")(ids, past_key_values=cache)
+    cache.save(path)
+    with pytest.raises(ValueError, match="must hold the state of an 'exp' input gate, got 'sigmoid'"):
+        XLSTMCache.load(path, tiny_config("post_up"))
+    slstm = cache_after(tiny_model("slstm"), ids)
+    tiny_model("slstm", mlstm_input_gate="sigmoid")(ids, past_key_values=slstm)  # which has no such gate
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -308,7 +352,7 @@ def test_the_cache_of_another_model_is_refused(tmp_path):
     tensors = load_file(path)
     del tensors["layers.1.n"]
     kinds = json.dumps(model.config.block_types)
-    save_file(tensors, path, metadata={"seen_tokens": "5", "block_types": kinds})
+    save_file(tensors, path, metadata={"seen_tokens": "5", "block_types": kinds, "mlstm_input_gate": "exp"})
     with pytest.raises(ValueError, match=r"must hold every state of layer 1, got none for layers.1.n"):
         XLSTMCache.load(path, model.config)
 

@@ -49,6 +49,31 @@ INPUTS = {
         "inputs_embeds must be float16, .*, got torch.int64",
         {"inputs_embeds": EMBEDS.long()},
     ),
+    "embeds in double precision": (
+        TypeError,
+        "inputs_embeds must be torch.float32 like the weights, got torch.float64",
+        {"inputs_embeds": EMBEDS.double()},
+    ),
+    "a label out of range": (
+        IndexError,
+        "labels must be from 0 to 98, or -100 for none, got 99",
+        {"input_ids": IDS, "labels": torch.full_like(IDS, 99)},
+    ),
+    "a negative label": (
+        IndexError,
+        "labels must be from 0 to 98, or -100 for none, got -1",
+        {"input_ids": IDS, "labels": torch.full_like(IDS, -1)},
+    ),
+    "labels between tokens": (
+        TypeError,
+        "labels must be int64, got torch.float32",
+        {"input_ids": IDS, "labels": IDS.float()},
+    ),
+    "labels of more positions than the logits": (
+        ValueError,
+        r"labels must have shape \(2, 3\) like the logits, got \(2, 20\)",
+        {"input_ids": IDS, "labels": IDS, "logits_to_keep": 3},
+    ),
     "empty embeds": (
         ValueError,
         r"inputs_embeds .* must not have an empty axis, got shape \(2, 0, 32\)",
@@ -204,6 +229,24 @@ def test_a_layer_refuses_the_state_of_another_kind():
         slstm(x, mlstm(x)[1])
 
 
+@pytest.mark.parametrize("kind", ["post_up", "pre_up", "slstm"])
+@pytest.mark.parametrize("length", [1, 5])
+def test_a_layer_refuses_what_does_not_fit(kind, length):
+    layer = tiny_model(kind).model.layers[0].mixer
+    x, mask = torch.randn(2, length, 32), torch.ones(2, length, dtype=torch.bool)
+    for bad, error, sentence in (
+        ({"mask": mask.float()}, TypeError, "mask must be one of torch.bool, got torch.float32"),
+        ({"mask": mask[:1]}, ValueError, rf"mask must have shape \(2, {length}\), got \(1, {length}\)"),
+        ({"mask": mask[0]}, ValueError, rf"mask must have shape \(2, {length}\), got \({length},\)"),
+        ({"cu_seqlens": torch.tensor([0, length])}, ValueError, "needs packed inputs with a batch of 1"),
+        ({"x": x[..., 1:]}, ValueError, rf"x must have shape \[B, T, 32\], got \(2, {length}, 31\)"),
+        ({"x": x[0]}, ValueError, r"x must have the 3 axes \[B T D\]"),
+        ({"x": x.long()}, TypeError, "x must be float16, .* got torch.int64"),
+    ):
+        with pytest.raises(error, match=sentence):
+            layer(**{"x": x, **bad})
+
+
 def test_a_state_in_another_precision_is_refused():
     model = tiny_model("post_up")
     cache = model(IDS).past_key_values
@@ -326,7 +369,7 @@ def test_packed_positions_with_padding_are_refused():
 def test_labels_of_another_shape_are_refused():
     model = tiny_model("post_up")
     ids = torch.randint(2, 90, (2, 10))
-    with pytest.raises(ValueError, match=r"labels must have shape \(2, 10\) like the input, got \(10, 2\)"):
+    with pytest.raises(ValueError, match=r"labels must have shape \(2, 10\) like the logits, got \(10, 2\)"):
         model(ids, labels=ids.t())
 
 

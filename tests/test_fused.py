@@ -57,6 +57,11 @@ def test_soft_cap_in_low_precision_costs_only_its_own_rounding(dtype):
     assert_each(assert_matches, actual, value_and_gradient(plain_cap, x.double()), baseline)
 
 
+def test_soft_cap_is_the_same_to_the_bit_with_and_without_gradients():
+    x = some_logits(torch.float32)[0]
+    assert torch.equal(soft_cap(x, 5.0), soft_cap(x.clone().requires_grad_(), 5.0).detach())
+
+
 def test_no_cap_returns_the_input_itself():
     x = some_logits()[0]
     assert soft_cap(x, None) is x

@@ -4,13 +4,13 @@ import threading
 
 import pytest
 import torch
-import transformers
 from models import KINDS, TWO_KINDS, VOCAB, assert_near, random_ids, tiny_config, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TextIteratorStreamer, TextStreamer, pipeline
 from transformers.generation.streamers import BaseStreamer
 
-from modeling_xlstm import XLSTMCache
+from modeling_xlstm import XLSTMCache, modeling_xlstm
+from modeling_xlstm.backends import READS_ON_IN_PIECES
 
 
 def letters_tokenizer():
@@ -24,7 +24,6 @@ def letters_tokenizer():
     )
 
 
-TRANSFORMERS = tuple(int(number) for number in transformers.__version__.split(".")[:2])
 # A text that held the padding token would be taken for padded where it is given without a mask.
 NEVER = [0, 1]
 
@@ -281,12 +280,19 @@ def from_scratch(model, turns):
 @pytest.mark.parametrize("give", ["full ids", "new ids"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_conversation_with_the_returned_cache_is_the_one_from_scratch(kind, give, options):
-    if options and give == "full ids" and TRANSFORMERS < (5, 21):
-        pytest.skip("before 5.21, generate reads in pieces what the cache has seen as well, whatever the model")
+    if options and not READS_ON_IN_PIECES:
+        pytest.skip("this version of Transformers starts over, and the model refuses that")
     model = tiny_model(kind)
     turns = [random_ids(2, length, seed=length) for length in TURNS]
     text, _ = converse(model, turns, give=give, **options)
     assert torch.equal(text, from_scratch(model, turns))
+
+
+def test_reading_on_in_pieces_is_refused_where_transformers_would_start_over(monkeypatch):
+    monkeypatch.setattr(modeling_xlstm, "READS_ON_IN_PIECES", False)
+    model, turns = tiny_model(), [random_ids(1, 9), random_ids(1, 6)]
+    with pytest.raises(NotImplementedError, match=r"that has seen tokens needs Transformers 5\.21 or later, got"):
+        converse(model, turns, prefill_chunk_size=4)
 
 
 @pytest.mark.parametrize("give", ["full ids", "new ids"])

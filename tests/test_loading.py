@@ -178,6 +178,7 @@ def test_gates_stay_float32_in_a_half_precision_model_when_asked_to(keep, dtype,
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     in_float32 = {name for name, p in loaded.named_parameters() if p.dtype == torch.float32}
     gates = {f"model.layers.{i}.mixer.gate_proj.{which}" for i in (0, 2) for which in ("weight", "bias")}
+    gates |= {f"model.layers.1.mixer.gate_{which}" for which in ("weight", "bias")}
     assert in_float32 == (gates if keep else set())
     assert loaded.dtype == getattr(torch, dtype)
     for name in in_float32:

@@ -28,6 +28,7 @@ from modeling_xlstm import (
     XLSTMBlock,
     XLSTMCache,
     XLSTMForCausalLM,
+    XLSTMForSequenceClassification,
     XLSTMForTokenClassification,
     XLSTMModel,
 )
@@ -702,3 +703,44 @@ def test_half_converts_everything():
     model = tiny_model("post_up_slstm").half()
     assert {p.dtype for p in model.parameters()} == {torch.float16}
     assert model.dtype == torch.float16
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", TWO_KINDS)
+def test_embeddings_at_padded_positions_may_be_anything(kind):
+    model, ids = tiny_model(kind), random_ids(2, 20)
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[0, :7] = mask[1, 15:] = 0
+    embeds = model.get_input_embeddings()(ids)
+    junk = embeds.masked_fill(mask[..., None] == 0, float("nan"))
+    actual = model(inputs_embeds=junk, attention_mask=mask)
+    expected = model(ids, attention_mask=mask)
+    assert torch.equal(actual.logits[mask == 1], expected.logits[mask == 1])
+    assert_same_states(actual.past_key_values, expected.past_key_values, 0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("give", ["ids", "embeds"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", TWO_KINDS)
+def test_a_sequence_is_classified_at_its_last_real_token(kind, side, give):
+    model, ids = tiny_model(kind, cls=XLSTMForSequenceClassification, num_labels=3), random_ids(3, 20)
+    lengths = [20, 13, 1]
+    mask = torch.stack([(torch.arange(20) < length).long() for length in lengths])
+    mask = mask.flip(1) if side == "left" else mask
+    inputs = {"input_ids": ids} if give == "ids" else {"inputs_embeds": model.get_input_embeddings()(ids)}
+    logits = model(**inputs, attention_mask=mask).logits
+    alone = [model(row[real == 1][None]).logits for row, real in zip(ids, mask, strict=True)]
+    assert_near(logits, torch.cat(alone), 5e-5)
+
+
+@torch.no_grad()
+def test_without_a_mask_sequences_end_before_the_padding_token_or_are_refused():
+    model, ids = tiny_model(cls=XLSTMForSequenceClassification, num_labels=3), random_ids(2, 20)
+    ids[0, 13:] = model.config.pad_token_id
+    assert_near(model(ids).logits[:1], model(ids[:1, :13]).logits)
+    with pytest.raises(ValueError, match="must come with an attention_mask, got only inputs_embeds"):
+        model(inputs_embeds=model.get_input_embeddings()(ids))
+    model.config.pad_token_id = None
+    with pytest.raises(ValueError, match="must come with an attention_mask, got only input_ids, and no pad_token_id"):
+        model(ids)
