@@ -21,7 +21,6 @@ from cases import (
     rounded,
     separately,
     stepwise,
-    strided,
 )
 from numerics import assert_each, assert_exact, assert_matches
 
@@ -296,31 +295,11 @@ def test_h_has_the_dtype_of_v_and_the_state_is_at_least_float32(dtype):
             assert {t.dtype for t in state} == {torch.promote_types(dtype, torch.float32)}
 
 
-@pytest.mark.parametrize("op", [chunkwise, stepwise(step)], ids=["chunkwise", "steps"])
-def test_autocast_does_not_reach_into_the_op(op):
-    x = rounded(mlstm_inputs(2, 33), torch.float32)
-
-    def autocast(x):
-        with torch.autocast("cpu", torch.bfloat16):
-            return op(x)
-
-    actual, expected = outputs_and_grads(autocast, x), outputs_and_grads(op, x)
-    for name in expected:
-        assert torch.equal(actual[name], expected[name]), name
-
-
 @pytest.mark.parametrize("op", [recurrent, stepwise(step)], ids=["recurrent", "steps"])
 def test_gradients_of_steps_stay_finite_where_the_stabiliser_is_low(op):
     x = rounded(mlstm_inputs(2, 33, regime="faint"), torch.float32)
     for name, result in outputs_and_grads(op, x).items():
         assert result.isfinite().all(), name
-
-
-@pytest.mark.parametrize("layout", ["sparse", "reversed"])
-def test_inputs_need_not_be_contiguous(layout):
-    x = mlstm_inputs(2, 33)
-    for op in (partial(chunkwise, chunk_size=16), stepwise(step)):
-        assert_each(assert_exact, outputs_and_grads(strided(op, layout), x), outputs_and_grads(op, x))
 
 
 def test_expanded_gradients_and_inputs_are_fine():
@@ -349,20 +328,6 @@ def test_nothing_is_modified_in_place(B, T, H):
     assert all(torch.equal(leaves[name], x[name]) for name in x)
 
 
-@pytest.mark.parametrize("output", range(4), ids=["h", *(f"final {name}" for name in MLSTMState._fields)])
-def test_a_loss_may_read_a_single_output(output):
-    mask = torch.rand(2, 70) > 0.3
-    x = mlstm_inputs(2, 70)
-    leaves = [t.requires_grad_() for t in x.values()]
-    grads = []
-    for op in (chunkwise, recurrent):
-        h, state = op(x, mask=mask)
-        loss = (h, *state)[output].square().sum()
-        grads.append(torch.autograd.grad(loss, leaves, materialize_grads=True))
-    for name, actual, expected in zip(x, *grads, strict=True):
-        assert_exact(actual, expected, name)
-
-
 def test_unneeded_gradients_are_left_out():
     x = mlstm_inputs(2, 17)
     v = x["v"].clone().requires_grad_()
@@ -387,31 +352,6 @@ def test_the_op_keeps_the_promises_of_a_custom_op(B, T, H, bounds):
     cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
     tensors = [t.requires_grad_() for t in x.values()]
     torch.library.opcheck(torch.ops.modeling_xlstm.mlstm_chunkwise, (*tensors, cu_seqlens, "exp", 16, 1e-6))
-
-
-@pytest.mark.parametrize("how", ["plain", "masked", "packed"])
-def test_compiled_chunkwise_is_eager_chunkwise(how):
-    torch._dynamo.reset()
-    rows = len(PACKED) if how == "packed" else 1
-    x = mlstm_inputs(1, sum(PACKED), rows=rows)
-    options = {"plain": {}, "masked": {"mask": torch.rand(1, sum(PACKED)) > 0.3}, "packed": {}}[how]
-    op = packed(chunkwise) if how == "packed" else partial(chunkwise, **options)
-    compiled = torch.compile(lambda x: op(x), fullgraph=True, backend="aot_eager")
-    assert_each(assert_exact, outputs_and_grads(compiled, x), outputs_and_grads(op, x))
-
-
-def test_compiled_steps_are_eager_steps_and_compile_once():
-    torch._dynamo.reset()
-    x = fresh(mlstm_inputs(2, 5))
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
-        h, state = stepwise(compiled)(x)
-    h_eager, state_eager = stepwise(step)(x)
-    for actual, expected in zip((h, *state), (h_eager, *state_eager), strict=True):
-        assert_exact(actual, expected)
-    torch._dynamo.reset()
-    token = {name: t[:, 0] if name in INPUTS else t for name, t in mlstm_inputs(2, 1).items()}
-    assert_each(assert_exact, outputs_and_grads(compiled, token), outputs_and_grads(step, token))
 
 
 # bad input

@@ -20,7 +20,6 @@ from cases import (
     separately,
     slstm_inputs,
     stepwise,
-    strided,
 )
 from numerics import assert_each, assert_exact, assert_matches
 
@@ -283,26 +282,6 @@ def test_h_has_the_dtype_of_the_gates_and_the_state_is_at_least_float32(dtype):
             assert {t.dtype for t in state} == {torch.promote_types(dtype, torch.float32)}
 
 
-@pytest.mark.parametrize("op", [scan, stepwise(step)], ids=["scan", "steps"])
-def test_autocast_does_not_reach_into_the_op(op):
-    x = rounded(slstm_inputs(2, 33), torch.float32)
-
-    def autocast(x):
-        with torch.autocast("cpu", torch.bfloat16):
-            return op(x)
-
-    actual, expected = outputs_and_grads(autocast, x), outputs_and_grads(op, x)
-    for name in expected:
-        assert torch.equal(actual[name], expected[name]), name
-
-
-@pytest.mark.parametrize("layout", ["sparse", "reversed"])
-def test_inputs_need_not_be_contiguous(layout):
-    x = slstm_inputs(2, 33)
-    for op in (scan, stepwise(step)):
-        assert_each(assert_exact, outputs_and_grads(strided(op, layout), x), outputs_and_grads(op, x))
-
-
 def test_expanded_gradients_and_inputs_are_fine():
     x = slstm_inputs(1, 33)
     one, _ = scan(x)
@@ -331,20 +310,6 @@ def test_nothing_is_modified_in_place(B, T, H, needs_grad):
     assert all(torch.equal(leaves[name], x[name]) for name in x)
 
 
-@pytest.mark.parametrize("output", range(5), ids=["h", *(f"final {name}" for name in SLSTMState._fields)])
-def test_a_loss_may_read_a_single_output(output):
-    mask = torch.rand(2, 70) > 0.3
-    x = slstm_inputs(2, 70)
-    leaves = [t.requires_grad_() for t in x.values()]
-    grads = []
-    for op in (scan, recurrent):
-        h, state = op(x, mask=mask)
-        loss = (h, *state)[output].square().sum()
-        grads.append(torch.autograd.grad(loss, leaves, materialize_grads=True))
-    for name, actual, expected in zip(x, *grads, strict=True):
-        assert_exact(actual, expected, name)
-
-
 def test_unneeded_gradients_are_left_out():
     x = slstm_inputs(2, 17)
     R = x["R"].clone().requires_grad_()
@@ -370,30 +335,6 @@ def test_the_op_keeps_the_promises_of_a_custom_op(B, T, H, how, keep):
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int() if how == "packed" else None
     tensors = [t.requires_grad_(keep) for t in x.values()]
     torch.library.opcheck(torch.ops.modeling_xlstm.slstm_scan, (*tensors, mask, cu_seqlens, keep))
-
-
-@pytest.mark.parametrize("how", ["plain", "masked", "packed"])
-def test_compiled_scan_is_eager_scan(how):
-    torch._dynamo.reset()
-    x = slstm_inputs(1, sum(PACKED), rows=len(PACKED) if how == "packed" else 1)
-    mask = torch.rand(1, sum(PACKED)) > 0.3
-    op = {"plain": scan, "masked": partial(scan, mask=mask), "packed": packed(scan)}[how]
-    compiled = torch.compile(lambda x: op(x), fullgraph=True, backend="aot_eager")
-    assert_each(assert_exact, outputs_and_grads(compiled, x), outputs_and_grads(op, x))
-
-
-def test_compiled_steps_are_eager_steps_and_compile_once():
-    torch._dynamo.reset()
-    x = fresh(slstm_inputs(2, 5))
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
-        h, state = stepwise(compiled)(x)
-    h_eager, state_eager = stepwise(step)(x)
-    for actual, expected in zip((h, *state), (h_eager, *state_eager), strict=True):
-        assert_exact(actual, expected)
-    torch._dynamo.reset()
-    token = {name: t[:, 0] if name == "gates" else t for name, t in slstm_inputs(2, 1).items()}
-    assert_each(assert_exact, outputs_and_grads(compiled, token), outputs_and_grads(step, token))
 
 
 # bad input
