@@ -1,7 +1,7 @@
-"""Chains of elementwise operations as one function each: the soft cap, and the loss of a language model.
+"""Chains of elementwise operations as one function each: soft cap, RMS norm, and the loss of a language model.
 
-Logits are the largest tensors of a model. Each function here walks over them a block at a time, which stays in the
-cache, and keeps nothing of their size but its result. A compiler does that by itself, and is given the plain formula.
+Each walks over its input a block at a time, which stays in the cache, and keeps nothing of its size that is there
+anyway: logits are the largest tensors of a model. A compiler does that by itself, and is given the plain formula.
 """
 
 from collections.abc import Iterator
@@ -61,6 +61,53 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
     else:
         y = cap * torch.tanh(y / cap)
     return y.to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """`x / rms(x) * weight` over the last axis, and 1 / rms(x) `[N, 1]` of every row."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        rows = x.reshape(-1, x.shape[-1])
+        scale = _rms_scale(rows, eps)
+        y = torch.empty_like(rows)
+        for block in _blocks(rows):
+            torch.mul(rows[block], scale[block], out=y[block]).mul_(weight)
+        return y.view(x.shape), scale
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs[:2], output[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor, _) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        D = x.shape[-1]
+        x_rows, dy_rows = x.reshape(-1, D), dy.reshape(-1, D)
+        dx, d_weight = torch.empty_like(x_rows), torch.zeros_like(weight)
+        for block in _blocks(x_rows):
+            x_block, dy_block, s = x_rows[block], dy_rows[block], scale[block]
+            product = dy_block * x_block
+            d_weight.addmv_(product.t(), s[:, 0])
+            through_rms = (product @ weight)[:, None] * s**3 / -D
+            torch.mul(dy_block, weight, out=dx[block]).mul_(s).addcmul_(x_block, through_rms)
+        return dx.view(x.shape), d_weight, None
+
+
+def _rms_scale(x: Tensor, eps: float) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`F.rms_norm` over the last axis, which PyTorch has as one function only for a GPU."""
+    in_full_precision = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
+    if x.device.type != "cpu" or not in_full_precision or torch.compiler.is_compiling():
+        return F.rms_norm(x, weight.shape, weight, eps)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _RMSNorm.apply(x, weight, eps)[0]
+    return (x * _rms_scale(x, eps)).mul_(weight)
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -17,7 +17,7 @@ from transformers import initialization as init
 from .cache_xlstm import LayerState
 from .checks import check_float, check_like, check_sequence, full_precision, state_dtype
 from .configuration_xlstm import XLSTMConfig
-from .fused import soft_cap
+from .fused import rms_norm, soft_cap
 from .linear import use_onednn
 from .mlstm import mlstm_chunkwise, mlstm_step
 from .mlstm_torch import MLSTMState
@@ -52,7 +52,7 @@ class XLSTMNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.rms:
             return F.layer_norm(x, self.weight.shape, 1 + self.weight, None, self.eps)
-        y = F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        y = rms_norm(x, self.weight, self.eps)
         return y if self.bias is None else y + self.bias
 
 

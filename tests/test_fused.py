@@ -1,4 +1,4 @@
-"""The soft cap and the loss, which walk over their inputs in blocks, are the plain formulas."""
+"""Soft cap, RMS norm and loss, which walk over their inputs in blocks, are the plain formulas."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from modeling_xlstm import fused
-from modeling_xlstm.fused import causal_lm_loss, soft_cap
+from modeling_xlstm.fused import causal_lm_loss, rms_norm, soft_cap
 
 
 VOCAB = 37
@@ -65,6 +65,49 @@ def test_soft_cap_is_the_same_to_the_bit_with_and_without_gradients():
 def test_no_cap_returns_the_input_itself():
     x = some_logits()[0]
     assert soft_cap(x, None) is x
+
+
+def norm_results(fn, x, weight):
+    inputs = [t.detach().requires_grad_() for t in (x, weight)]
+    y = fn(*inputs)
+    dy = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(y.dtype)
+    grads = torch.autograd.grad(y, inputs, dy)
+    return {"y": y.detach(), "gradient of x": grads[0], "gradient of weight": grads[1]}
+
+
+def plain_rms_norm(x, weight):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_rms_norm_is_the_plain_formula(layout):
+    x = some_logits()[0]
+    x = x.transpose(0, 2) if layout == "transposed" else x
+    x[0, 0] = 0
+    weight = torch.linspace(-2, 2, x.shape[-1], dtype=torch.float64)
+    actual = norm_results(lambda x, w: rms_norm(x, w, 1e-6), x, weight)
+    assert_each(assert_exact, actual, norm_results(plain_rms_norm, x, weight))
+
+
+def test_rms_norm_in_float32_is_as_precise_as_that_of_pytorch():
+    x = torch.randn(64, 128)
+    weight = torch.randn(128)
+    oracle = norm_results(plain_rms_norm, x.double(), weight.double())
+    baseline = norm_results(lambda x, w: F.rms_norm(x, w.shape, w, 1e-6), x, weight)
+    assert_each(assert_matches, norm_results(lambda x, w: rms_norm(x, w, 1e-6), x, weight), oracle, baseline)
+
+
+def test_rms_norm_is_the_same_to_the_bit_with_and_without_gradients():
+    x, weight = torch.randn(3, 5, 128), torch.randn(128, requires_grad=True)
+    with torch.no_grad():
+        expected = rms_norm(x, weight, 1e-6)
+    assert torch.equal(rms_norm(x, weight, 1e-6).detach(), expected)
+
+
+def test_rms_norm_in_half_precision_is_that_of_pytorch():
+    x, weight = torch.randn(3, 16, dtype=torch.bfloat16), torch.randn(16, dtype=torch.bfloat16)
+    assert torch.equal(rms_norm(x, weight, 1e-6), F.rms_norm(x, (16,), weight, 1e-6))
 
 
 OPTIONS = {
