@@ -1,7 +1,8 @@
-"""Chains of elementwise operations as one function each: soft cap, RMS norm, and the loss of a language model.
+"""Chains of elementwise operations as one function each on a CPU: soft cap, RMS norm, and a language model's loss.
 
 Each walks over its input a block at a time, which stays in the cache, and keeps nothing of its size that is there
-anyway: logits are the largest tensors of a model. A compiler does that by itself, and is given the plain formula.
+anyway: logits are the largest tensors of a model. A compiler does that by itself, and PyTorch's kernels for a GPU do;
+both are given the plain formula.
 """
 
 from collections.abc import Iterator
@@ -14,14 +15,17 @@ from torch.autograd.function import once_differentiable
 from .checks import state_dtype
 
 
-# Numbers handled at once: four megabytes on a CPU, less than its cache; elsewhere enough to occupy the device.
-BLOCK = {"cpu": 1 << 20}
-LARGE_BLOCK = 1 << 26
+# Numbers handled at once: four megabytes in float32, less than the cache.
+BLOCK = 1 << 20
+
+
+def _in_blocks(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _blocks(x: Tensor) -> Iterator[slice]:
     """Slices of the rows of x `[N, width]`."""
-    step = max(1, BLOCK.get(x.device.type, LARGE_BLOCK) // x.shape[-1])
+    step = max(1, BLOCK // x.shape[-1])
     return (slice(start, start + step) for start in range(0, x.shape[0], step))
 
 
@@ -56,7 +60,7 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
     if cap is None:
         return x
     y = x.to(state_dtype(x.dtype))
-    if torch.is_grad_enabled() and y.requires_grad and not torch.compiler.is_compiling():
+    if _in_blocks(y) and torch.is_grad_enabled() and y.requires_grad:
         y = _SoftCap.apply(y, cap)
     else:
         y = cap * torch.tanh(y / cap)
@@ -103,7 +107,7 @@ def _rms_scale(x: Tensor, eps: float) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`F.rms_norm` over the last axis, which PyTorch has as one function only for a GPU."""
     in_full_precision = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
-    if x.device.type != "cpu" or not in_full_precision or torch.compiler.is_compiling():
+    if not (_in_blocks(x) and in_full_precision):
         return F.rms_norm(x, weight.shape, weight, eps)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _RMSNorm.apply(x, weight, eps)[0]
@@ -166,11 +170,11 @@ def causal_lm_loss(
     labels = shift_labels.reshape(-1).to(logits.device)
     _check_labels(labels, vocab_size, ignore_index)
     logits = logits.reshape(-1, vocab_size)
-    if torch.compiler.is_compiling():
+    if _in_blocks(logits):
+        total, _ = _CrossEntropy.apply(logits, labels, ignore_index)
+    else:
         logits = logits.to(state_dtype(logits.dtype))
         total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
-    else:
-        total, _ = _CrossEntropy.apply(logits, labels, ignore_index)
     return total / ((labels != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch)
 
 

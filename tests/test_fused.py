@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 @pytest.fixture(params=[1, 100, None], ids=["row by row", "in blocks of two", "at once"])
 def blocks(request, monkeypatch):
     if request.param:
-        monkeypatch.setattr(fused, "BLOCK", {"cpu": request.param})
+        monkeypatch.setattr(fused, "BLOCK", request.param)
 
 
 def some_logits(dtype=torch.float64):

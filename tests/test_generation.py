@@ -26,6 +26,7 @@ def letters_tokenizer():
 
 # A text that held the padding token would be taken for padded where it is given without a mask.
 NEVER = [0, 1]
+STARTS_OVER = "this version of Transformers starts over to read in pieces, which the model refuses"
 
 
 def greedy(model, ids, tokens, **kwargs):
@@ -201,7 +202,7 @@ def test_a_stop_string_ends_the_text():
 def test_the_text_generation_pipeline_completes_texts_of_different_lengths(kind):
     model, tokenizer = tiny_model(kind), letters_tokenizer()
     prompts = ["Once upon", "A", "The state of an xLSTM is "]
-    generate = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    generate = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
     options = {"max_new_tokens": 10, "do_sample": False, "suppress_tokens": NEVER, "return_full_text": False}
     expected = [
         tokenizer.decode(greedy(model, torch.tensor([tokenizer(prompt)["input_ids"]]), 10)[0, -10:])
@@ -281,7 +282,7 @@ def from_scratch(model, turns):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_conversation_with_the_returned_cache_is_the_one_from_scratch(kind, give, options):
     if options and not READS_ON_IN_PIECES:
-        pytest.skip("this version of Transformers starts over, and the model refuses that")
+        pytest.skip(STARTS_OVER)
     model = tiny_model(kind)
     turns = [random_ids(2, length, seed=length) for length in TURNS]
     text, _ = converse(model, turns, give=give, **options)
@@ -333,6 +334,8 @@ def test_a_prompt_read_once_serves_several_continuations(kind):
 @pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 4}, {"num_beams": 2}], ids=str)
 @pytest.mark.parametrize("length", [5, 19, 20])
 def test_new_ids_without_a_mask_over_all_are_refused(length, options):
+    if "prefill_chunk_size" in options and not READS_ON_IN_PIECES:
+        pytest.skip(STARTS_OVER)
     model = tiny_model("pre_up_slstm")
     with torch.no_grad():
         cache = model(random_ids(2, 20)).past_key_values

@@ -148,14 +148,17 @@ def padding(side):
 def test_padding_changes_neither_logits_nor_state(kind, side):
     model = tiny_model(kind)
     ids, mask = padding(side)
-    padded = model(ids, attention_mask=mask)
-    for i, row in enumerate(mask.bool()):
-        alone = model(ids[i : i + 1, row])
-        assert_near(padded.logits[i : i + 1, row], alone.logits)
-        cache = padded.past_key_values
-        actual = {name: tensor[i : i + 1] for name, tensor in states(cache).items()}
-        for name, expected in states(alone.past_key_values).items():
-            assert_near(actual[name], expected, 5e-5)
+    for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        model.to(dtype)
+        padded = model(ids, attention_mask=mask)
+        for i, row in enumerate(mask.bool()):
+            alone = model(ids[i : i + 1, row])
+            assert_near(padded.logits[i : i + 1, row], alone.logits, bound)
+            if dtype == torch.float32:
+                continue  # states of two roundings: how far they may be apart depends on the processor
+            actual = {name: tensor[i : i + 1] for name, tensor in states(padded.past_key_values).items()}
+            for name, expected in states(alone.past_key_values).items():
+                assert_near(actual[name], expected, bound)
 
 
 @torch.no_grad()
