@@ -7,6 +7,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .cache_xlstm import LayerState, XLSTMCache
 from .configuration_xlstm import XLSTMConfig
@@ -50,5 +51,6 @@ __all__ = [
 AutoConfig.register(XLSTMConfig.model_type, XLSTMConfig)
 AutoModel.register(XLSTMConfig, XLSTMModel)
 AutoModelForCausalLM.register(XLSTMConfig, XLSTMForCausalLM)
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[XLSTMConfig.model_type] = "XLSTMForCausalLM"  # where Trainer looks to shift labels
 AutoModelForSequenceClassification.register(XLSTMConfig, XLSTMForSequenceClassification)
 AutoModelForTokenClassification.register(XLSTMConfig, XLSTMForTokenClassification)

@@ -44,6 +44,11 @@ def is_writable(x: Tensor) -> bool:
     return torch.is_inference_mode_enabled() or not x.is_inference()
 
 
+def is_readable(x: Tensor) -> bool:
+    """Whether autograd may read x: unlike what is left from an inference mode."""
+    return torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not x.is_inference()
+
+
 def _keep_address(x: Tensor) -> None:
     """Tells `torch.compile` that x stays where it is, without which it would not replay a step that writes to x."""
     if x.is_cuda and not torch.compiler.is_compiling():
@@ -68,13 +73,21 @@ class XLSTMCacheLayer:
 
     def __init__(self, kind: str):
         self.kind = kind
-        self.state: LayerState | None = None
-        self.is_empty = True  # of tokens: a state of zeros is kept for its address
+        self.state = None
         self.records: list[Record] = []
         self.record_past = False
 
     def __repr__(self) -> str:
         return f"XLSTMCacheLayer({self.kind})"
+
+    @property
+    def state(self) -> LayerState | None:
+        return self._state
+
+    @state.setter
+    def state(self, state: LayerState | None) -> None:
+        self._state = state
+        self.is_empty = state is None  # of tokens: after a reset a state of zeros is kept for its address
 
     @property
     def is_initialized(self) -> bool:
@@ -105,7 +118,9 @@ class XLSTMCacheLayer:
     def map(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Applies `fn` to every tensor of the state; what was recorded before cannot be undone any more."""
         if self.state is not None:
+            is_empty = self.is_empty
             self.update(self.state.map(fn))
+            self.is_empty = is_empty
         self.records = []
 
     def reset(self) -> None:
@@ -125,9 +140,11 @@ class XLSTMCacheLayer:
     def activate_past_recording(self) -> None:
         self.record_past = True
 
-    def record(self, tokens: int, replay: Callable[[LayerState | None, int], LayerState]) -> None:
+    def record(
+        self, state: LayerState | None, tokens: int, replay: Callable[[LayerState | None, int], LayerState]
+    ) -> None:
         """Remembers the state before a forward pass over `tokens` tokens; `replay(before, k)` redoes its first k."""
-        before = None if self.state is None else self.state.map(Tensor.clone)
+        before = None if state is None else state.map(Tensor.clone)
         self.records.append(Record(before, tokens, lambda k: replay(before, k)))
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -171,11 +188,13 @@ class XLSTMCache(Cache):
         # A tensor, so that counting tokens does not recompile a decode step.
         self.seen_tokens = torch.zeros((), dtype=torch.int64)
 
-    def get_state(self, layer_idx: int, batch_size: int) -> LayerState | None:
-        """The state that a layer starts from. That of an empty text is of any batch size."""
+    def get_state(self, layer_idx: int) -> LayerState | None:
+        """The state that a layer starts from, None for that of an empty text, which is of any batch size."""
         layer = self.layers[layer_idx]
-        if layer.state is not None and layer.batch_size != batch_size and layer.is_empty:
+        if layer.state is None or layer.is_empty:
             return None
+        if not is_readable(layer.state.cell[0]):
+            layer.state = layer.state.map(torch.clone)
         return layer.state
 
     def update(self, state: LayerState, layer_idx: int) -> None:  # type: ignore[override]
@@ -224,7 +243,9 @@ class XLSTMCache(Cache):
         """Moves the states to `device`; returns the cache."""
         for layer in self.layers:
             if layer.state is not None:
+                is_empty = layer.is_empty
                 layer.state = layer.state.map(lambda x: x.to(device))
+                layer.is_empty = is_empty
         self.seen_tokens = self.seen_tokens.to(device)
         return self
 
@@ -240,6 +261,10 @@ class XLSTMCache(Cache):
                 f"past_key_values must be of a model with mlstm_input_gate {config.mlstm_input_gate!r}, "
                 f"got {self.input_gate!r}."
             )
+        self.check_whole()
+
+    def check_whole(self) -> None:
+        """Raises ValueError if some layers have read more tokens than others."""
         if self.is_broken:
             raise ValueError(
                 "past_key_values must be of a text read to its end, got the states that a forward pass left when it "
@@ -247,11 +272,12 @@ class XLSTMCache(Cache):
             )
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the states as safetensors. Raises ValueError if there are none."""
+        """Writes the states as safetensors. Raises ValueError if there are none, or none of one text."""
+        self.check_whole()
         tensors = {
             f"layers.{i}.{name}": tensor.detach().contiguous()
             for i, layer in enumerate(self.layers)
-            if layer.state is not None
+            if layer.state is not None and not layer.is_empty
             for name, tensor in layer.state.tensors().items()
         }
         if not tensors:

@@ -239,11 +239,16 @@ class XLSTMConfig(PreTrainedConfig):
             if kind not in ("mlstm", "slstm"):
                 raise ValueError(f"block_types must hold 'mlstm' or 'slstm', got {kind!r} at position {i}.")
         if "mlstm" in self.block_types:
-            self._validate_mlstm()
+            self.check_mlstm()
         if "slstm" in self.block_types:
-            self._require_multiple("hidden_size", self.hidden_size, "slstm_num_heads", self.slstm_num_heads)
+            self.check_slstm()
 
-    def _validate_mlstm(self):
+    def check_slstm(self):
+        """Refuse sizes of which no sLSTM can be built. Runs on construction if there is one."""
+        self._require_multiple("hidden_size", self.hidden_size, "slstm_num_heads", self.slstm_num_heads)
+
+    def check_mlstm(self):
+        """Refuse sizes of which no mLSTM can be built. Runs on construction if there is one."""
         if self.mlstm_block == "post_up":
             self._require_multiple("hidden_size * qk_dim_factor", self.qk_size, "num_heads", self.num_heads)
             self._require_multiple("hidden_size * v_dim_factor", self.inner_size, "num_heads", self.num_heads)

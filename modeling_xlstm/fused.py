@@ -23,6 +23,10 @@ def _in_blocks(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
 def _blocks(x: Tensor) -> Iterator[slice]:
     """Slices of the rows of x `[N, width]`."""
     step = max(1, BLOCK // x.shape[-1])
@@ -34,11 +38,11 @@ class _SoftCap(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, cap: float) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        y = torch.empty_like(rows)
-        for block in _blocks(rows):
-            torch.div(rows[block], cap, out=y[block]).tanh_().mul_(cap)
-        return y.view(x.shape)
+        y = x.new_empty(x.shape)
+        x_rows, y_rows = _rows(x), _rows(y)
+        for block in _blocks(x_rows):
+            torch.div(x_rows[block], cap, out=y_rows[block]).tanh_().mul_(cap)
+        return y
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
@@ -48,11 +52,11 @@ class _SoftCap(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
-        y = ctx.saved_tensors[0].view(-1, dy.shape[-1])
-        dy_rows, dx = dy.reshape(y.shape), torch.empty_like(y)
+        dx = dy.new_empty(dy.shape)
+        y, dy_rows, dx_rows = _rows(ctx.saved_tensors[0]), _rows(dy), _rows(dx)
         for block in _blocks(y):
-            torch.mul(y[block], y[block], out=dx[block]).mul_(-1 / ctx.cap**2).add_(1).mul_(dy_rows[block])
-        return dx.view(dy.shape), None
+            torch.mul(y[block], y[block], out=dx_rows[block]).mul_(-1 / ctx.cap**2).add_(1).mul_(dy_rows[block])
+        return dx, None
 
 
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:
@@ -72,12 +76,12 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        rows = x.reshape(-1, x.shape[-1])
-        scale = _rms_scale(rows, eps)
-        y = torch.empty_like(rows)
-        for block in _blocks(rows):
-            torch.mul(rows[block], scale[block], out=y[block]).mul_(weight)
-        return y.view(x.shape), scale
+        y = x.new_empty(x.shape)
+        x_rows, y_rows = _rows(x), _rows(y)
+        scale = _rms_scale(x_rows, eps)
+        for block in _blocks(x_rows):
+            torch.mul(x_rows[block], scale[block], out=y_rows[block]).mul_(weight)
+        return y, scale
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple) -> None:
@@ -88,16 +92,15 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor, _) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
-        D = x.shape[-1]
-        x_rows, dy_rows = x.reshape(-1, D), dy.reshape(-1, D)
-        dx, d_weight = torch.empty_like(x_rows), torch.zeros_like(weight)
+        dx, d_weight = x.new_empty(x.shape), torch.zeros_like(weight)
+        x_rows, dy_rows, dx_rows = _rows(x), _rows(dy), _rows(dx)
         for block in _blocks(x_rows):
             x_block, dy_block, s = x_rows[block], dy_rows[block], scale[block]
             product = dy_block * x_block
             d_weight.addmv_(product.t(), s[:, 0])
-            through_rms = (product @ weight)[:, None] * s**3 / -D
-            torch.mul(dy_block, weight, out=dx[block]).mul_(s).addcmul_(x_block, through_rms)
-        return dx.view(x.shape), d_weight, None
+            through_rms = (product @ weight)[:, None] * s**3 / -x.shape[-1]
+            torch.mul(dy_block, weight, out=dx_rows[block]).mul_(s).addcmul_(x_block, through_rms)
+        return dx, d_weight, None
 
 
 def _rms_scale(x: Tensor, eps: float) -> Tensor:
@@ -142,6 +145,7 @@ class _CrossEntropy(torch.autograd.Function):
         for block in _blocks(logits):
             d = (logits[block] - log_z[block, None]).exp_().mul_(scale[block, None])
             d_logits[block] = d.scatter_add_(1, labels[block], -scale[block, None])
+        d_logits[~real] = 0.0  # whose logits may be anything
         return d_logits, None, None
 
 
@@ -175,6 +179,8 @@ def causal_lm_loss(
     else:
         logits = logits.to(state_dtype(logits.dtype))
         total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(total.device)
     return total / ((labels != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch)
 
 

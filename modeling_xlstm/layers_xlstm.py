@@ -18,7 +18,7 @@ from .cache_xlstm import LayerState
 from .checks import check_float, check_like, check_sequence, full_precision, state_dtype
 from .configuration_xlstm import XLSTMConfig
 from .fused import rms_norm, soft_cap
-from .linear import use_onednn
+from .linear import linear
 from .mlstm import mlstm_chunkwise, mlstm_step
 from .mlstm_torch import MLSTMState
 from .slstm import slstm_scan, slstm_step
@@ -87,10 +87,16 @@ def init_linear_(weight: Tensor, bias: Tensor | None, std: float) -> None:
 
 def projection(inputs: int, outputs: int, bias: bool, std: float) -> nn.Linear:
     """A linear map that starts with standard deviation `std`. Of no own class: quantisers replace only `nn.Linear`."""
-    module = use_onednn(nn.Linear(inputs, outputs, bias=bias))
+    module = nn.Linear(inputs, outputs, bias=bias)
     module.init_std = std  # type: ignore[assignment]
     init_linear_(module.weight, module.bias, std)
     return module
+
+
+def gate_dtype(config: XLSTMConfig) -> torch.dtype:
+    """Dtype of the weights of gates in a new model."""
+    dtype = torch.get_default_dtype()
+    return state_dtype(dtype) if config.keep_gates_in_fp32 else dtype
 
 
 class GateLinear(nn.Linear):
@@ -99,9 +105,9 @@ class GateLinear(nn.Linear):
     Rows [i | f]. Input gates start from a normal distribution, forget gates from 3 (first head) to 6 (last).
     """
 
-    def __init__(self, inputs: int, heads: int, igate_mean: float, igate_std: float):
+    def __init__(self, inputs: int, heads: int, igate_mean: float, igate_std: float, dtype: torch.dtype):
         self.igate_mean, self.igate_std = igate_mean, igate_std
-        super().__init__(inputs, 2 * heads)
+        super().__init__(inputs, 2 * heads, dtype=dtype)
 
     def reset_parameters(self):
         heads, device = self.out_features // 2, self.bias.device
@@ -129,6 +135,8 @@ def unpack_state(state: LayerState | None, conv: nn.Module | None) -> tuple[Any,
     """States of the cell and of the convolution, which a layer has if it has a convolution."""
     if state is None:
         return None, None
+    if not isinstance(state, LayerState):
+        raise TypeError(f"state must be a LayerState, as the layer returned it, got {type(state).__name__}.")
     if (state.conv is None) != (conv is None):
         expected, got = ("None", "one") if conv is None else ("that of the layer's convolution", "None")
         raise ValueError(f"state.conv must be {expected}, got {got}: the state is of another model.")
@@ -234,8 +242,8 @@ class GatedFeedForward(nn.Module):
         self.activation = F.silu if activation == "silu" else F.gelu
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.up_proj(x).chunk(2, -1)
-        return self.down_proj(self.activation(gate) * up)
+        gate, up = linear(self.up_proj, x).chunk(2, -1)
+        return linear(self.down_proj, self.activation(gate) * up)
 
 
 class _MLSTMMixer(nn.Module):
@@ -243,9 +251,10 @@ class _MLSTMMixer(nn.Module):
 
     def __init__(self, config: XLSTMConfig, gate_inputs: int, igate_mean: float, igate_std: float):
         super().__init__()
+        config.check_mlstm()
         self.config = config
         self.backend = config.backend
-        self.gate_proj = GateLinear(gate_inputs, config.num_heads, igate_mean, igate_std)
+        self.gate_proj = GateLinear(gate_inputs, config.num_heads, igate_mean, igate_std, gate_dtype(config))
         self.head_norm = HeadNorm(config, config.inner_size)
 
     def _cell(
@@ -291,9 +300,9 @@ class MLSTMLayer(_MLSTMMixer):
     ) -> tuple[Tensor, LayerState]:
         check_layer_input(x, self.config.hidden_size, mask, cu_seqlens)
         cell, _ = unpack_state(state, None)
-        q, k, v, o = self.qkvo_proj(x).split(self.splits, -1)
+        q, k, v, o = linear(self.qkvo_proj, x).split(self.splits, -1)
         h, cell = self._cell(q, k, v, x, cell, mask, cu_seqlens)
-        return self.out_proj(torch.sigmoid(o) * h), LayerState(cell)
+        return linear(self.out_proj, torch.sigmoid(o) * h), LayerState(cell)
 
 
 class MLSTMPreUpLayer(_MLSTMMixer):
@@ -327,13 +336,13 @@ class MLSTMPreUpLayer(_MLSTMMixer):
     ) -> tuple[Tensor, LayerState]:
         check_layer_input(x, self.config.hidden_size, mask, cu_seqlens)
         cell, conv = unpack_state(state, self.conv)
-        x, z = self.up_proj(x).chunk(2, -1)
+        x, z = linear(self.up_proj, x).chunk(2, -1)
         c = x
         if self.conv is not None:
             c, conv = self.conv(x, conv, mask=mask, cu_seqlens=cu_seqlens)
         q, k, v = self.q_proj(c), self.k_proj(c), self.v_proj(x)
         h, cell = self._cell(q, k, v, torch.cat((q, k, v), -1), cell, mask, cu_seqlens)
-        return self.down_proj((h + self.skip * c) * F.silu(z)), LayerState(cell, conv)
+        return linear(self.down_proj, (h + self.skip * c) * F.silu(z)), LayerState(cell, conv)
 
 
 class SLSTMLayer(nn.Module):
@@ -345,14 +354,16 @@ class SLSTMLayer(nn.Module):
 
     def __init__(self, config: XLSTMConfig, layer_idx: int = 0):
         super().__init__()
+        config.check_slstm()
         self.config, self.layer_idx, self.backend = config, layer_idx, config.backend
         H = config.slstm_num_heads
         D = config.hidden_size // H
         kernel_size = config.slstm_conv_kernel_size
         self.conv = CausalConv1d(config.hidden_size, kernel_size) if kernel_size else None
         # gates in the order i f z o
-        self.gate_weight = nn.Parameter(torch.empty(H, 4, D, D))  # [H, 4, D_out, D_in]
-        self.gate_bias = nn.Parameter(torch.empty(H, 4, D))
+        dtype = gate_dtype(config)
+        self.gate_weight = nn.Parameter(torch.empty(H, 4, D, D, dtype=dtype))  # [H, 4, D_out, D_in]
+        self.gate_bias = nn.Parameter(torch.empty(H, 4, D, dtype=dtype))
         self.recurrent_weight = nn.Parameter(torch.empty(H, 4, D, D))  # [H, 4, D_out, D_in]
         self.head_norm = HeadNorm(config, config.hidden_size)
         self.reset_parameters()

@@ -4,6 +4,8 @@
 https://arxiv.org/abs/2405.04517 (equations 19 to 27); the definition is `mlstm_torch.mlstm_step`.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -62,11 +64,11 @@ def mlstm_chunkwise(
     _check_inputs(q, k, v, igate, fgate, (B, T, H), input_gate, eps)
     sequences = check_sequence(B, T, q.device, mask, cu_seqlens)
     chunk_size = 64 if chunk_size is None else chunk_size
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+    if not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"chunk_size must be an integer of at least 1, got {chunk_size}.")
     resolve(backend, q)
     state = _check_state(state, q, v, sequences)
-    igate, fgate = hold_padding(igate, fgate, mask)
+    q, k, v, igate, fgate = hold_padding(q, k, v, igate, fgate, mask)
     k, igate = clear_closed(k, igate, fgate)
     with full_precision(q.device):
         h, *state = mlstm_chunkwise_torch(q, k, v, igate, fgate, *state, cu_seqlens, input_gate, chunk_size, eps)
@@ -107,7 +109,7 @@ def mlstm_step(
     state = _check_state(state, q, v, q.shape[0])
     if mask is not None:
         check_like("mask", mask, q.shape[:1], q.device, (torch.bool,))
-        igate, fgate = hold_padding(igate, fgate, mask)
+        q, k, v, igate, fgate = hold_padding(q, k, v, igate, fgate, mask)
     with full_precision(q.device):
         h, state = mlstm_step_torch(q, k, v, igate, fgate, state, input_gate, eps)
     return h.to(v.dtype), state
@@ -122,8 +124,8 @@ def _check_inputs(q, k, v, igate, fgate, leading: tuple, input_gate: str, eps: f
     check_like("fgate", fgate, leading, q.device)
     if input_gate not in ("exp", "sigmoid"):
         raise ValueError(f"input_gate must be 'exp' or 'sigmoid', got {input_gate!r}.")
-    if eps < 0:
-        raise ValueError(f"eps must not be negative, got {eps}.")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be finite and not negative, got {eps}.")
 
 
 def _check_state(state: MLSTMState | None, q: Tensor, v: Tensor, batch: int) -> MLSTMState:

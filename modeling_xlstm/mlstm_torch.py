@@ -76,12 +76,16 @@ def mlstm_recurrent(
     return torch.stack(h, 1), state
 
 
-def hold_padding(igate: Tensor, fgate: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Gates that leave the state as it was where `mask` `[B, T]` or `[B]` is False: nothing enters or is forgotten."""
+def hold_padding(
+    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Inputs that leave the state as it was where `mask` `[B, T]` or `[B]` is False, whatever they were there: nothing
+    enters or is forgotten."""
     if mask is None:
-        return igate, fgate
+        return q, k, v, igate, fgate
     padding = ~mask[..., None]
-    return igate.masked_fill(padding, -math.inf), fgate.masked_fill(padding, math.inf)
+    q, k, v = (x.masked_fill(padding[..., None], 0.0) for x in (q, k, v))
+    return q, k, v, igate.masked_fill(padding, -math.inf), fgate.masked_fill(padding, math.inf)
 
 
 def clear_closed(k: Tensor, igate: Tensor, fgate: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,10 +156,10 @@ def _weights(logi: Tensor, logf: Tensor, m: Tensor, chunks: _Chunks, input_gate:
     b = logf.cumsum(-1)
     if input_gate == "sigmoid":
         zero = torch.zeros_like(b)
-        return _Weights(D.exp_(), b.exp(), zero, zero > 1, zero.long()), torch.zeros_like(m)
+        return _Weights(D.exp_(), b.exp(), zero, zero > 1, zero.long()), m.new_zeros(m.shape)
     row_max, source = D.max(-1)
     before = torch.empty_like(b[..., 0])
-    m_last = torch.empty_like(m)
+    m_last = m.new_empty(m.shape)
     for first, end, rows in chunks.segments:
         m_next = m[rows]
         for n in range(first, end):
@@ -184,7 +188,7 @@ class _Chunked:
         self.k_next = self.k * self.w.W[..., -1, :, None]
         self.q_state = self.q * self.w.g[..., None]
         self.n_before = torch.empty_like(self.k[..., 0, :])
-        self.n_last = n.clone()
+        self.n_last = n.clone(memory_format=torch.contiguous_format)
         entering = self.k_next.sum(-2)
         for first, end, rows in chunks.segments:
             x = n[rows]
@@ -231,7 +235,7 @@ def _advance(state: Tensor, decay: Tensor, left: Tensor, right: Tensor) -> None:
 
 @mlstm_chunkwise.register_fake
 def _(q, k, v, igate, fgate, C, n, m, cu_seqlens, input_gate, chunk_size, eps):
-    return torch.empty_like(v, memory_format=torch.contiguous_format), *map(torch.empty_like, (C, n, m))
+    return tuple(x.new_empty(x.shape) for x in (v, C, n, m))
 
 
 @torch.library.custom_op("modeling_xlstm::mlstm_chunkwise_backward", mutates_args=())
@@ -269,7 +273,7 @@ def _mlstm_chunkwise_backward(
     dk_next = torch.empty_like(x.k)
     d_decay = torch.empty_like(decay)
     dn_entering = (q_state * d_normaliser[..., None]).sum(-2)
-    dC_first, dn_first = dC.clone(memory_format=torch.contiguous_format), dn.clone()
+    dC_first, dn_first = (x.clone(memory_format=torch.contiguous_format) for x in (dC, dn))
     for first, end, rows in chunks.segments:
         dC_after, dn_after = dC_first[rows], dn[rows]
         for i in reversed(range(first, end)):
@@ -295,7 +299,7 @@ def _mlstm_chunkwise_backward(
         dm_first = _stabiliser_backward(dD, d_state, -eps * u, dm, w, chunks)
         dm_first += (dC_first * C).sum((-1, -2)) + (dn_first * n).sum(-1)
     else:
-        dm_first = torch.zeros_like(m)
+        dm_first = m.new_zeros(m.shape)
     dlogi = dD.sum(-2)
     # a forget gate weighs on all earlier tokens in all rows from its own on
     dlogf = _reverse_cumsum(dD, -2).tril_(-1).sum(-1) + _reverse_cumsum(d_state, -1)
@@ -312,7 +316,7 @@ def _stabiliser_backward(
     dD: Tensor, d_state: Tensor, dm_rows: Tensor, dm: Tensor, w: _Weights, chunks: _Chunks
 ) -> Tensor:
     """Adds gradients of the rows' m (and of the final one, `dm`) to where each m came from; returns the initial one."""
-    dm_first = torch.empty_like(dm)
+    dm_first = dm.new_empty(dm.shape)
     for first, end, rows in chunks.segments:
         carry = dm[rows]
         for n in reversed(range(first, end)):
@@ -330,8 +334,7 @@ def _reverse_cumsum(x: Tensor, dim: int) -> Tensor:
 
 @_mlstm_chunkwise_backward.register_fake
 def _(dh, dC, dn, dm, q, k, v, igate, fgate, C, n, m, cu_seqlens, input_gate, chunk_size, eps):
-    contiguous = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, igate, fgate))
-    return *contiguous, *map(torch.empty_like, (C, n, m))
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, igate, fgate, C, n, m))
 
 
 def _setup_context(ctx, inputs, output):

@@ -48,7 +48,7 @@ from .layers_xlstm import (
     init_linear_,
     small_std,
 )
-from .linear import use_onednn
+from .linear import linear
 
 
 class XLSTMBlock(GradientCheckpointingLayer):
@@ -59,6 +59,8 @@ class XLSTMBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: XLSTMConfig, layer_idx: int = 0):
         super().__init__()
+        if not 0 <= layer_idx < config.num_hidden_layers:
+            raise ValueError(f"layer_idx must be from 0 to {config.num_hidden_layers - 1}, got {layer_idx}.")
         self.mixer_norm = XLSTMNorm(config)
         self.mixer: nn.Module
         if config.block_types[layer_idx] == "slstm":
@@ -215,9 +217,9 @@ class XLSTMModel(XLSTMPreTrainedModel):
 
         x = inputs_embeds
         for i, block in enumerate(self.layers):
-            state = None if cache is None else cache.get_state(i, B)
+            state = None if cache is None else cache.get_state(i)
             if cache is not None and cache.is_recording:
-                cache.layers[i].record(T, _replay(block, x, mask))
+                cache.layers[i].record(state, T, _replay(block, x, mask))
             x, state = block(x, state, mask=mask, cu_seqlens=cu_seqlens)
             if cache is not None:
                 cache.update(state, i)
@@ -278,7 +280,7 @@ def _padding_mask(attention_mask: Tensor | None, B: int, T: int, cache: XLSTMCac
         if length != past + T:
             raise ValueError(f"attention_mask must be {T} or {past} + {T} long (past and new tokens), got {length}.")
     mask = attention_mask[:, -T:] != 0
-    if attention_mask.is_floating_point() and mask.device.type == "cpu" and not compiling:
+    if attention_mask.dtype != torch.bool and mask.device.type == "cpu" and not compiling:
         values = attention_mask[:, -T:][mask]
         if (values != 1).any():
             raise ValueError(f"attention_mask must hold 0 (padding) and 1, got {values[values != 1][0].item()}.")
@@ -330,7 +332,7 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = XLSTMModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = use_onednn(nn.Linear(config.hidden_size, config.vocab_size, bias=False))
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.loss_function = causal_lm_loss
         self.post_init()
 
@@ -349,7 +351,7 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         r"""
         Args:
-            labels: Token ids `[B, T]` to predict, shifted inside; -100 is ignored.
+            labels: Token ids `[B, T]` to predict, shifted inside; -100 is ignored. Of the kept positions only.
             logits_to_keep: Logits of the last n positions only, or of the positions in a tensor; 0 for all.
             Others: As in [`XLSTMModel`].
 
@@ -369,12 +371,12 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = soft_cap(self.lm_head(outputs.last_hidden_state[:, kept]), self.config.output_logit_soft_cap)
+        logits = soft_cap(linear(self.lm_head, outputs.last_hidden_state[:, kept]), self.config.output_logit_soft_cap)
         if not self.training:
             _check_finite(logits)
         loss = None
         if labels is not None:
-            _check_labels(labels, logits)
+            _check_label_shape(labels, logits)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -417,6 +419,12 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
                     f"all of it; got {cache.get_seq_length()} tokens in past_key_values and {length} ids and mask "
                     "columns."
                 )
+            rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            if cache.get_seq_length() and cache.batch_size != rows:
+                raise ValueError(
+                    f"past_key_values must have a row for each of {rows} sequences, beams included, got "
+                    f"{cache.batch_size}; batch_repeat_interleave repeats rows."
+                )
             cache._is_user_defined = True
         elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = XLSTMCache(self.config)
@@ -445,7 +453,9 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         return {**inputs, name: x[rows, order], "attention_mask": mask.gather(1, order)}
 
 
-def _check_labels(labels: Tensor, logits: Tensor) -> None:
+def _check_label_shape(labels: Tensor, logits: Tensor) -> None:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor [B, T], got {type(labels).__name__}.")
     if labels.shape != logits.shape[:2]:
         raise ValueError(
             f"labels must have shape {tuple(logits.shape[:2])} like the logits, got {tuple(labels.shape)}."
@@ -478,9 +488,9 @@ class XLSTMForSequenceClassification(GenericForSequenceClassification, XLSTMPreT
     ) -> SequenceClassifierOutputWithPast:
         r"""
         Args:
-            attention_mask: `[B, T]`, zero at padding; without it, padding is what `config.pad_token_id` says.
+            attention_mask: As in [`XLSTMModel`]. Without it, a sequence ends where only `config.pad_token_id` follows.
             labels: A class `[B]`, numbers `[B, num_labels]`, or several classes, by `config.problem_type`.
-            Others: As in [`XLSTMModel`].
+            Others: As in [`XLSTMModel`]. Of packed sequences, each has its logits and label.
 
         Returns:
             `loss`, `logits` `[B, num_labels]`, `past_key_values`, `hidden_states`.
@@ -491,8 +501,13 @@ class XLSTMForSequenceClassification(GenericForSequenceClassification, XLSTMPreT
         model = getattr(self, self.base_model_prefix)
         outputs = model(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
         x = outputs.last_hidden_state
-        last = self._last_tokens(x.shape[0], input_ids, attention_mask)
-        logits = self.score(x[torch.arange(x.shape[0], device=x.device), last])
+        bounds = _packed_bounds(kwargs, x, None)
+        if bounds is not None:
+            x = x[0, bounds[1:] - 1]
+        else:
+            last = self._last_tokens(x.shape[0], x.shape[1], input_ids, attention_mask)
+            x = x[torch.arange(x.shape[0], device=x.device), last]
+        logits = self.score(x)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
@@ -503,18 +518,20 @@ class XLSTMForSequenceClassification(GenericForSequenceClassification, XLSTMPreT
             hidden_states=outputs.hidden_states,
         )
 
-    def _last_tokens(self, batch: int, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | int:
+    def _last_tokens(
+        self, B: int, T: int, input_ids: Tensor | None, attention_mask: Tensor | None
+    ) -> Tensor | int:  # fmt: skip
         """Positions `[B]` of the last token of each sequence."""
         if attention_mask is not None:
-            real = attention_mask != 0
-        elif batch == 1:
-            return -1
+            real = attention_mask[:, -T:] != 0
         elif input_ids is not None and self.config.pad_token_id is not None:
             real = input_ids != self.config.pad_token_id
+        elif B == 1:
+            return -1
         else:
             missing = "inputs_embeds" if input_ids is None else "input_ids, and no pad_token_id in the configuration"
             raise ValueError(f"A batch of sequences must come with an attention_mask, got only {missing}.")
-        return (real * torch.arange(1, real.shape[1] + 1, device=real.device)).argmax(1)
+        return (real * torch.arange(1, T + 1, device=real.device)).argmax(1)
 
 
 class XLSTMForTokenClassification(GenericForTokenClassification, XLSTMPreTrainedModel):

@@ -26,7 +26,8 @@ def slstm_scan(
     """sLSTM over whole sequences of any length, with exact gradients for gates, R and `state`.
 
     Args:
-        gates: Input parts of the gate pre-activations, `W x + b`, `[B, T, H, 4, D]`, in the order i, f, z, o.
+        gates: Input parts of the gate pre-activations, `W x + b`, `[B, T, H, 4, D]`, in the order i, f, z, o. A forget
+            gate of minus infinity empties the state; input gates must be finite.
         R: Recurrent weights `[H, 4, D_out, D_in]`, any floating dtype: head h adds `R[h, g] @ h[t - 1]` to its gate g.
         state: State to start from, of batch B (N with `cu_seqlens`); zeros when omitted. Differentiable.
         mask: `[B, T]` bool, False at padded positions, which leave the whole state as it was; h repeats there.

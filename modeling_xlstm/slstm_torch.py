@@ -173,7 +173,7 @@ def _(gates, R, h, c, n, m, mask, cu_seqlens, keep):
         after = torch.empty_like(pre) if cu_seqlens is not None else h.new_empty(T, 4, H, B, D).movedim(1, 3)
     else:
         pre, after = h.new_empty(0), h.new_empty(0)
-    return gates.new_empty(B, T, H, D), *map(torch.empty_like, (h, c, n, m)), pre, after
+    return gates.new_empty(B, T, H, D), *(x.new_empty(x.shape) for x in (h, c, n, m)), pre, after
 
 
 @torch.library.custom_op("modeling_xlstm::slstm_scan_backward", mutates_args=())
@@ -259,7 +259,7 @@ def _slstm_scan_backward(
 @_slstm_scan_backward.register_fake
 def _(dy, dh, dc, dn, dm, pre, after, c_last, n_last, R, h, c, n, m, mask, cu_seqlens):
     T, H, B, _, D = pre.shape
-    return pre.new_empty(B, T, H, 4, D), torch.empty_like(R), *map(torch.empty_like, (h, c, n, m))
+    return pre.new_empty(B, T, H, 4, D), *(x.new_empty(x.shape) for x in (R, h, c, n, m))
 
 
 def _setup_context(ctx, inputs, output):

@@ -51,7 +51,7 @@ def step(x, **options):
 def recurrent(x, input_gate="exp", eps=1e-6, mask=None):
     """The oracle, h in the dtype of v as the public ops return it."""
     (q, k, v, igate, fgate), state = unpack(x)
-    igate, fgate = mlstm_torch.hold_padding(igate, fgate, mask)
+    q, k, v, igate, fgate = mlstm_torch.hold_padding(q, k, v, igate, fgate, mask)
     h, state = mlstm_torch.mlstm_recurrent(q, k, v, igate, fgate, state, input_gate, eps)
     return h.to(v.dtype), state
 
@@ -370,7 +370,7 @@ BAD = {
     "igate with an axis more": (lambda x: {"igate": x["igate"][..., None]}, ValueError, r"shape .* got .* 3, 1\)"),
     "fgate is bool": (lambda x: {"fgate": x["fgate"] > 0}, TypeError, "fgate must be one of .* got torch.bool"),
     "input_gate unknown": (lambda x: {"input_gate": "tanh"}, ValueError, "must be 'exp' or 'sigmoid', got 'tanh'"),
-    "eps negative": (lambda x: {"eps": -1e-6}, ValueError, "eps must not be negative, got -1e-06"),
+    "eps negative": (lambda x: {"eps": -1e-6}, ValueError, "eps must be finite and not negative, got -1e-06"),
     "backend unknown": (lambda x: {"backend": "cuda"}, ValueError, "backend must be one of auto, .* got 'cuda'"),
     "backend not for CPU": (lambda x: {"backend": "triton"}, NotImplementedError, "'triton' was requested .* cpu"),
     "state of another batch": (
@@ -424,7 +424,7 @@ def test_bad_sequences_are_refused_in_a_sentence(B, options, error, message):
 
 @pytest.mark.parametrize("chunk_size", [0, -16])
 def test_chunks_hold_a_token_at_least(chunk_size):
-    with pytest.raises(ValueError, match=f"chunk_size must be at least 1, got {chunk_size}"):
+    with pytest.raises(ValueError, match=f"chunk_size must be an integer of at least 1, got {chunk_size}"):
         chunkwise(mlstm_inputs(2, 5), chunk_size=chunk_size)
 
 
