@@ -138,8 +138,31 @@ def test_after_a_reset_the_batch_may_be_another(kind):
     assert_same_states(cache, cache_after(model, ids), 0)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("kind", TWO_KINDS)
-def test_a_cache_that_a_failing_forward_pass_left_half_way_is_refused_until_it_is_reset(kind, monkeypatch):
+def test_cropped_to_nothing_it_is_empty_again(kind):
+    model, ids = tiny_model(kind), random_ids(2, 20)
+    cache = cache_after(model, random_ids(3, 7))
+    cache.reset()
+    cache.activate_past_recording()
+    for rows in (ids, ids[:1]):
+        assert torch.equal(model(rows, past_key_values=cache).logits, model(rows).logits)
+        cache.crop(-20)
+        assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("kind", TWO_KINDS)
+def test_a_cache_filled_in_inference_mode_serves_outside_of_it(kind):
+    model, ids = tiny_model(kind), random_ids(2, 20)
+    with torch.inference_mode():
+        cache = model(ids[:, :12]).past_key_values
+    logits = model(ids[:, 12:], past_key_values=cache).logits
+    logits.sum().backward()
+    assert_near(logits, model(ids).logits[:, 12:])
+
+
+@pytest.mark.parametrize("kind", TWO_KINDS)
+def test_a_cache_that_a_failing_forward_pass_left_half_way_is_refused_until_it_is_reset(kind, monkeypatch, tmp_path):
     model, ids = tiny_model(kind), random_ids(2, 20)
     cache = cache_after(model, ids)
     with monkeypatch.context() as patch:
@@ -149,6 +172,8 @@ def test_a_cache_that_a_failing_forward_pass_left_half_way_is_refused_until_it_i
     for use in (model, partial(model.generate, max_new_tokens=1)):
         with pytest.raises(ValueError, match=r"got the states that a forward pass left when it failed half-way; reset"):
             use(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="failed half-way"):
+        cache.save(tmp_path / "state.safetensors")
     cache.reset()
     with torch.no_grad():
         assert torch.equal(model(ids, past_key_values=cache).logits, model(ids).logits)

@@ -5,7 +5,7 @@ import torch
 from models import TWO_KINDS, random_ids, tiny_config, tiny_model
 from transformers import DynamicCache
 
-from modeling_xlstm import MLSTMLayer, SLSTMLayer, XLSTMCache, XLSTMForCausalLM
+from modeling_xlstm import MLSTMLayer, SLSTMLayer, XLSTMBlock, XLSTMCache, XLSTMForCausalLM
 
 
 IDS = random_ids(2, 20)
@@ -83,6 +83,16 @@ INPUTS = {
         ValueError,
         r"attention_mask must be 20 or 0 \+ 20 long \(past and new tokens\), got 19",
         {"input_ids": IDS, "attention_mask": torch.ones(2, 19)},
+    ),
+    "mask that numbers sequences": (
+        ValueError,
+        r"attention_mask must hold 0 \(padding\) and 1, got 2",
+        {"input_ids": IDS, "attention_mask": torch.ones_like(IDS).index_fill(1, torch.arange(7, 20), 2)},
+    ),
+    "list of labels": (
+        TypeError,
+        r"labels must be a tensor \[B, T\], got list",
+        {"input_ids": IDS, "labels": IDS.tolist()},
     ),
     "mask of another batch": (
         ValueError,
@@ -245,6 +255,30 @@ def test_a_layer_refuses_what_does_not_fit(kind, length):
     ):
         with pytest.raises(error, match=sentence):
             layer(**{"x": x, **bad})
+
+
+def test_layers_are_built_and_continued_only_as_they_can():
+    config = tiny_config(hidden_size=40, slstm_num_heads=3)
+    with pytest.raises(ValueError, match="hidden_size must be a multiple of slstm_num_heads = 3, got 40"):
+        SLSTMLayer(config)
+    with pytest.raises(ValueError, match="layer_idx must be from 0 to 1, got 2"):
+        XLSTMBlock(config, 2)
+    layer, x = MLSTMLayer(config), torch.randn(2, 5, 40)
+    state = layer(x)[1]
+    for wrong, name in ((state.cell, "MLSTMState"), ((state.cell, None), "tuple")):
+        with pytest.raises(TypeError, match=f"state must be a LayerState, as the layer returned it, got {name}"):
+            layer(x, wrong)
+
+
+def test_generation_from_a_cache_needs_a_row_for_each_beam():
+    model = tiny_model()
+    cache = model(IDS).past_key_values
+    ids = torch.cat((IDS, random_ids(2, 5, seed=1)), 1)
+    with pytest.raises(ValueError, match=r"a row for each of 4 sequences, beams included, got 2; batch_repeat"):
+        model.generate(ids, past_key_values=cache, num_beams=2, max_new_tokens=2)
+    with torch.no_grad():
+        cache.batch_repeat_interleave(2)
+    model.generate(ids, past_key_values=cache, num_beams=2, max_new_tokens=2)
 
 
 def test_a_state_in_another_precision_is_refused():

@@ -162,6 +162,15 @@ def test_a_batch_without_labels_has_no_mean_but_a_sum_of_zero():
     assert not result["gradient"].any()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_at_ignored_labels_may_be_anything(value):
+    logits, labels = some_logits()
+    ignored = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:] == -100
+    expected = value_and_gradient(lambda x: causal_lm_loss(x, labels, VOCAB), logits)
+    junk = logits.masked_fill(ignored[..., None], value)
+    assert_each(assert_exact, value_and_gradient(lambda x: causal_lm_loss(x, labels, VOCAB), junk), expected)
+
+
 def test_the_backward_pass_keeps_nothing_of_the_size_of_the_logits_but_them():
     logits, labels = some_logits()
     saved = []

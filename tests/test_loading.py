@@ -85,6 +85,18 @@ def test_a_model_offloaded_to_disk_computes_exactly(kind, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_on_disk_compute_the_same_with_gates_in_float32(dtype, tmp_path):
+    kind, ids = "pre_up_slstm", random_ids(2, 20)
+    tiny_model(kind).save_pretrained(tmp_path / "model")
+    devices = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"}
+    options = {"device_map": devices, "offload_folder": tmp_path / "offload"}
+    offloaded = XLSTMForCausalLM.from_pretrained(tmp_path / "model", dtype=dtype, **options)
+    loaded = XLSTMForCausalLM.from_pretrained(tmp_path / "model", dtype=dtype)
+    assert torch.equal(offloaded(ids).logits, loaded(ids).logits)
+
+
+@torch.no_grad()
 def test_a_model_without_head_loads_from_one_with_head_and_back(tmp_path):
     model, ids = tiny_model("pre_up_slstm"), random_ids(2, 20)
     model.save_pretrained(tmp_path / "lm")

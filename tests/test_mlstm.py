@@ -1,5 +1,6 @@
 """The mLSTM ops: the definition against the paper, chunkwise against the definition, and what must not matter."""
 
+import math
 from functools import lru_cache, partial
 
 import pytest
@@ -370,6 +371,7 @@ BAD = {
     "igate with an axis more": (lambda x: {"igate": x["igate"][..., None]}, ValueError, r"shape .* got .* 3, 1\)"),
     "fgate is bool": (lambda x: {"fgate": x["fgate"] > 0}, TypeError, "fgate must be one of .* got torch.bool"),
     "input_gate unknown": (lambda x: {"input_gate": "tanh"}, ValueError, "must be 'exp' or 'sigmoid', got 'tanh'"),
+    "eps not a number": (lambda x: {"eps": math.nan}, ValueError, "eps must be finite and not negative, got nan"),
     "eps negative": (lambda x: {"eps": -1e-6}, ValueError, "eps must be finite and not negative, got -1e-06"),
     "backend unknown": (lambda x: {"backend": "cuda"}, ValueError, "backend must be one of auto, .* got 'cuda'"),
     "backend not for CPU": (lambda x: {"backend": "triton"}, NotImplementedError, "'triton' was requested .* cpu"),
@@ -422,7 +424,7 @@ def test_bad_sequences_are_refused_in_a_sentence(B, options, error, message):
         mlstm_chunkwise(*unpack(mlstm_inputs(B, 5))[0], **options)
 
 
-@pytest.mark.parametrize("chunk_size", [0, -16])
+@pytest.mark.parametrize("chunk_size", [0, -16, 2.5])
 def test_chunks_hold_a_token_at_least(chunk_size):
     with pytest.raises(ValueError, match=f"chunk_size must be an integer of at least 1, got {chunk_size}"):
         chunkwise(mlstm_inputs(2, 5), chunk_size=chunk_size)

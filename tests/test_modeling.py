@@ -741,9 +741,36 @@ def test_a_sequence_is_classified_at_its_last_real_token(kind, side, give):
 def test_without_a_mask_sequences_end_before_the_padding_token_or_are_refused():
     model, ids = tiny_model(cls=XLSTMForSequenceClassification, num_labels=3), random_ids(2, 20)
     ids[0, 13:] = model.config.pad_token_id
-    assert_near(model(ids).logits[:1], model(ids[:1, :13]).logits)
+    alone = model(ids[:1, :13]).logits
+    assert_near(model(ids).logits[:1], alone)
+    assert_near(model(ids[:1]).logits, alone)
     with pytest.raises(ValueError, match="must come with an attention_mask, got only inputs_embeds"):
         model(inputs_embeds=model.get_input_embeddings()(ids))
     model.config.pad_token_id = None
     with pytest.raises(ValueError, match="must come with an attention_mask, got only input_ids, and no pad_token_id"):
         model(ids)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", TWO_KINDS)
+def test_classification_continues_a_cache(kind):
+    model, ids = tiny_model(kind, cls=XLSTMForSequenceClassification, num_labels=3), random_ids(2, 12)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, 9:] = 0
+    expected = model(ids, attention_mask=mask).logits
+    for new_mask in (mask, mask[:, 5:]):
+        cache = model(ids[:, :5], use_cache=True).past_key_values
+        assert_near(model(ids[:, 5:], attention_mask=new_mask, past_key_values=cache).logits, expected, 5e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", TWO_KINDS)
+def test_packed_sequences_are_classified_each(kind):
+    model, ids = tiny_model(kind, cls=XLSTMForSequenceClassification, num_labels=3), random_ids(1, 12)
+    expected = torch.cat([model(ids[:, :5]).logits, model(ids[:, 5:]).logits])
+    bounds = torch.tensor([0, 5, 12], dtype=torch.int32)
+    positions = torch.tensor([[*range(5), *range(7)]])
+    for how in ({"cu_seq_lens_q": bounds}, {"position_ids": positions}):
+        output = model(ids, labels=torch.tensor([0, 2]), **how)
+        assert_near(output.logits, expected, 5e-5)
+        assert_near(output.loss, torch.nn.functional.cross_entropy(expected, torch.tensor([0, 2])))

@@ -23,6 +23,7 @@ from cases import (
     strided,
 )
 from numerics import assert_each, assert_exact
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 class Family(NamedTuple):
@@ -62,6 +63,29 @@ def test_inputs_need_not_be_contiguous(cell, layout):
     x = cell.inputs(2, 33)
     for op in (cell.whole, stepwise(cell.step)):
         assert_each(assert_exact, outputs_and_grads(strided(op, layout), x), outputs_and_grads(op, x))
+
+
+@pytest.mark.parametrize("steps", [False, True], ids=["whole", "steps"])
+def test_padding_may_hold_anything(cell, steps):
+    op = stepwise(cell.step) if steps else cell.whole
+    mask = torch.rand(2, 33) > 0.3
+    x = cell.inputs(2, 33)
+    junk = {name: t.index_put((~mask,), torch.tensor(float("nan")).double()) for name, t in x.items() if name in TOKENS}
+    (h, state), (h_junk, state_junk) = (op(inputs, mask=mask) for inputs in (x, x | junk))
+    for actual, expected in zip((h_junk[mask], *state_junk), (h[mask], *state), strict=True):
+        assert_exact(actual, expected)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "permuted"])
+def test_fake_kernels_have_the_strides_of_the_real_ones(cell, layout):
+    x = cell.inputs(2, 33)
+    if layout == "permuted":
+        x = {name: t.transpose(0, 1).contiguous().transpose(0, 1) for name, t in x.items()}
+    op = partial(cell.whole, mask=torch.rand(2, 33) > 0.3)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake_h, fake_state = op({name: mode.from_tensor(t) for name, t in x.items()})
+    h, state = op(x)
+    assert [t.stride() for t in (fake_h, *fake_state)] == [t.stride() for t in (h, *state)]
 
 
 @pytest.mark.parametrize("output", range(5), ids=["h", "first state", "second state", "third state", "fourth state"])

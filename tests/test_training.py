@@ -370,3 +370,27 @@ def test_trainer_takes_checkpointing_bfloat16_packing_and_evaluation(tmp_path):
     assert len(losses) == 8
     assert all(4 < loss * 2 < 8 for loss in losses), losses
     assert train.evaluate()["eval_loss"] < 8
+
+
+def test_label_smoothing_of_the_trainer_predicts_the_next_token(tmp_path):
+    model, ids = tiny_model(), random_ids(2, 20)
+    args = TrainingArguments(tmp_path, label_smoothing_factor=0.1, report_to="none", use_cpu=True)
+    loss = Trainer(model, args).compute_loss(model, {"input_ids": ids, "labels": ids.clone()})
+    logits = model(ids).logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), label_smoothing=0.1)
+    assert_near(loss, expected)
+
+
+@pytest.mark.parametrize("kind", TWO_KINDS)
+def test_what_a_training_pass_returns_may_be_changed_in_place(kind):
+    # a soft cap reads its result again in the backward pass
+    model, ids = tiny_model(kind, output_logit_soft_cap=None).train(), random_ids(2, 20)
+    (model(ids).logits[:, :-1] / 0.7).logsumexp(-1).sum().backward()
+    expected = gradients(model)
+    logits = model(ids).logits[:, :-1]
+    logits /= 0.7
+    logits.logsumexp(-1).sum().backward()
+    assert_same_gradients(gradients(model), expected, 1e-6)
+    hidden = model.model(ids).last_hidden_state
+    hidden[:, 0] = 0
+    hidden.sum().backward()
