@@ -155,15 +155,15 @@ def _weights(logi: Tensor, logf: Tensor, m: Tensor, chunks: _Chunks, input_gate:
         zero = torch.zeros_like(b)
         return _Weights(D.exp_(), b.exp(), zero, zero > 1, zero.long()), m.new_zeros(m.shape)
     row_max, source = D.max(-1)
-    before = torch.empty_like(b[..., 0])
+    b_last, max_last, before = b[..., -1].unbind(), row_max[..., -1].unbind(), []
     m_last = m.new_empty(m.shape)
     for first, end, rows in chunks.segments:
         m_next = m[rows]
-        for n in range(first, end):
-            before[n] = m_next
-            m_next = torch.maximum(b[n, ..., -1] + m_next, row_max[n, ..., -1])
+        for i in range(first, end):
+            before.append(m_next)
+            m_next = torch.maximum(b_last[i] + m_next, max_last[i])
         m_last[rows] = m_next
-    through_state = b + before[..., None]
+    through_state = b + torch.stack(before)[..., None]
     m_rows = torch.maximum(through_state, row_max)
     W = D.sub_(m_rows[..., None]).exp_()
     return _Weights(W, (through_state - m_rows).exp_(), m_rows, through_state >= row_max, source), m_last
@@ -184,15 +184,15 @@ class _Chunked:
         self.decay = self.w.g[..., -1]
         self.k_next = self.k * self.w.W[..., -1, :, None]
         self.q_state = self.q * self.w.g[..., None]
-        self.n_before = torch.empty_like(self.k[..., 0, :])
-        self.n_last = n.clone(memory_format=torch.contiguous_format)
-        entering = self.k_next.sum(-2)
+        n_before, self.n_last = [], n.clone(memory_format=torch.contiguous_format)
+        entering, decay = self.k_next.sum(-2).unbind(), self.decay[..., None].unbind()
         for first, end, rows in chunks.segments:
             x = n[rows]
             for i in range(first, end):
-                self.n_before[i] = x
-                x = torch.addcmul(entering[i], self.decay[i, ..., None], x)
+                n_before.append(x)
+                x = torch.addcmul(entering[i], decay[i], x)
             self.n_last[rows] = x
+        self.n_before = torch.stack(n_before)
         # from tokens of the chunk to its rows
         self.P = self.q @ self.k.mT
         self.S = self.P * self.w.W
@@ -212,22 +212,20 @@ def mlstm_chunkwise(
     # each row: earlier tokens of its own chunk, and the state before the chunk
     numerator = x.S @ x.v
     C = C.clone(memory_format=torch.contiguous_format)
+    numerators, q_states, vs, k_nexts = map(_matrices, (numerator, x.q_state, x.v, x.k_next))
+    decays = _matrices(x.decay[..., None, None])
     for first, end, rows in chunks.segments:
+        state = C[rows].view(-1, *C.shape[2:])
         for i in range(first, end):
-            _matrices(numerator[i]).baddbmm_(_matrices(x.q_state[i]), _matrices(C[rows]))
-            _advance(C[rows], x.decay[i], x.k_next[i], x.v[i])
+            numerators[i].baddbmm_(q_states[i], state)
+            state.mul_(decays[i]).baddbmm_(k_nexts[i].mT, vs[i])
     h = numerator.div_(x.denominator[..., None])
     return chunks.merge(h, v.dtype), C, x.n_last, x.m_last
 
 
-def _matrices(x: Tensor) -> Tensor:
-    """`[B, H, ...]` as a batch of B H matrices, of the same memory."""
-    return x.view(-1, *x.shape[-2:])
-
-
-def _advance(state: Tensor, decay: Tensor, left: Tensor, right: Tensor) -> None:
-    """`state = decay * state + left^T right` in place: `[B, H, K, V]` from `[B, H]`, `[B, H, L, K]`, `[B, H, L, V]`."""
-    _matrices(state.mul_(decay[..., None, None])).baddbmm_(_matrices(left).mT, _matrices(right))
+def _matrices(x: Tensor) -> tuple[Tensor, ...]:
+    """`[N, B, H, ...]` as N batches of B H matrices, of the same memory."""
+    return x.view(x.shape[0], -1, *x.shape[3:]).unbind()
 
 
 @mlstm_chunkwise.register_fake
@@ -251,10 +249,12 @@ def _mlstm_chunkwise_backward(
     x = _Chunked(q, k, v, igate, fgate, n, m, chunks, input_gate, eps)
     w, decay, S, q_state = x.w, x.decay, x.S, x.q_state
     C_before, C_last = C.new_empty(*decay.shape, *C.shape[2:]), C.clone(memory_format=torch.contiguous_format)
+    befores, vs, k_nexts, decays = map(_matrices, (C_before, x.v, x.k_next, decay[..., None, None]))
     for first, end, rows in chunks.segments:
+        state = C_last[rows].view(-1, *C.shape[2:])
         for i in range(first, end):
-            C_before[i] = C_last[rows]
-            _advance(C_last[rows], decay[i], x.k_next[i], x.v[i])
+            befores[i].copy_(state)
+            state.mul_(decays[i]).baddbmm_(k_nexts[i].mT, vs[i])
 
     # 1. through h = numerator / denominator to the weights of tokens and states
     d_numerator = chunks.split(dh, dtype) / x.denominator[..., None]
@@ -271,13 +271,16 @@ def _mlstm_chunkwise_backward(
     d_decay = torch.empty_like(decay)
     dn_entering = (q_state * d_normaliser[..., None]).sum(-2)
     dC_first, dn_first = (x.clone(memory_format=torch.contiguous_format) for x in (dC, dn))
+    dvs, dk_nexts, q_states, d_numerators = map(_matrices, (dv, dk_next, q_state, d_numerator))
     for first, end, rows in chunks.segments:
-        dC_after, dn_after = dC_first[rows], dn[rows]
+        dC_after, dn_after = dC_first[rows].view(-1, *C.shape[2:]), dn[rows]
         for i in reversed(range(first, end)):
-            torch.add(x.v[i] @ dC_after.mT, dn_after[..., None, :], out=dk_next[i])
-            _matrices(dv[i]).baddbmm_(_matrices(x.k_next[i]), _matrices(dC_after))
-            d_decay[i] = torch.linalg.vecdot(dC_after, C_before[i]).sum(-1) + (dn_after * x.n_before[i]).sum(-1)
-            _advance(dC_after, decay[i], q_state[i], d_numerator[i])
+            torch.bmm(vs[i], dC_after.mT, out=dk_nexts[i])
+            dk_next[i] += dn_after[..., None, :]
+            dvs[i].baddbmm_(k_nexts[i], dC_after)
+            through_C = torch.linalg.vecdot(dC_after, befores[i]).sum(-1)
+            d_decay[i] = through_C.view_as(d_decay[i]) + (dn_after * x.n_before[i]).sum(-1)
+            dC_after.mul_(decays[i]).baddbmm_(q_states[i].mT, d_numerators[i])
             dn_after = torch.addcmul(dn_entering[i], decay[i, ..., None], dn_after)
         dn_first[rows] = dn_after
 
