@@ -1,7 +1,7 @@
 """What xLSTM blocks are made of: norms, projections, convolution, feed-forward and the three mixers.
 
 Dims: `B` batch `T` time `D` hidden size `H` heads `K` query and key head dim `V` value head dim. Every mixer is called
-like `nn.LSTM`: `y, state = layer(x, state)`, x and y `[B, T, D]`.
+like `nn.LSTM`: `y, state = layer(x, state)`, x and y `[B, T, D]`. With `keep`, y is of the last `keep` positions only.
 
 Papers: https://arxiv.org/abs/2405.04517 (xLSTM[a:b]) and https://arxiv.org/abs/2503.13427 (xLSTM-7B).
 """
@@ -123,12 +123,21 @@ class GateLinear(nn.Linear):
             return F.linear(x.to(dtype), self.weight.to(dtype), bias)
 
 
-def check_layer_input(x: Tensor, size: int, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
-    """x is `[B, T, size]`, and padding or boundaries fit it."""
+def check_layer_input(
+    x: Tensor, size: int, mask: Tensor | None, cu_seqlens: Tensor | None, keep: int | None
+) -> None:  # fmt: skip
+    """x is `[B, T, size]`, padding or boundaries fit it, and some of it is kept."""
     check_float("x", x, "B T D")
     if x.shape[-1] != size:
         raise ValueError(f"x must have shape [B, T, {size}], got {tuple(x.shape)}.")
     check_sequence(x.shape[0], x.shape[1], x.device, mask, cu_seqlens)
+    if keep is not None and keep < 1:
+        raise ValueError(f"keep must be at least 1, or None for all positions, got {keep}.")
+
+
+def last(x: Tensor, keep: int | None) -> Tensor:
+    """The last `keep` positions of x `[B, T, ...]`, or all."""
+    return x if keep is None else x[:, -keep:]
 
 
 def unpack_state(state: LayerState | None, conv: nn.Module | None) -> tuple[Any, Tensor | None]:
@@ -258,9 +267,9 @@ class _MLSTMMixer(nn.Module):
         self.head_norm = HeadNorm(config, config.inner_size)
 
     def _cell(
-        self, q: Tensor, k: Tensor, v: Tensor, gate_input: Tensor, state: MLSTMState | None, mask, cu_seqlens
+        self, q: Tensor, k: Tensor, v: Tensor, gate_input: Tensor, state: MLSTMState | None, mask, cu_seqlens, keep
     ) -> tuple[Tensor, MLSTMState]:
-        """q, k, v `[B, T, H K]` or `[B, T, H V]` to the normalised heads `[B, T, H V]`."""
+        """q, k, v `[B, T, H K]` or `[B, T, H V]` to the normalised heads `[B, keep, H V]`."""
         config = self.config
         K, V = config.qk_size // config.num_heads, config.inner_size // config.num_heads
         q, k, v = q.unflatten(-1, (-1, K)), k.unflatten(-1, (-1, K)), v.unflatten(-1, (-1, V))
@@ -274,7 +283,7 @@ class _MLSTMMixer(nn.Module):
         else:
             options |= {"mask": mask, "cu_seqlens": cu_seqlens, "chunk_size": config.chunk_size}
             h, state = mlstm_chunkwise(q, k, v, igate, fgate, state, **options)
-        return self.head_norm(h), state
+        return self.head_norm(last(h, keep)), state
 
 
 class MLSTMLayer(_MLSTMMixer):
@@ -297,12 +306,13 @@ class MLSTMLayer(_MLSTMMixer):
         *,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        keep: int | None = None,
     ) -> tuple[Tensor, LayerState]:
-        check_layer_input(x, self.config.hidden_size, mask, cu_seqlens)
+        check_layer_input(x, self.config.hidden_size, mask, cu_seqlens, keep)
         cell, _ = unpack_state(state, None)
         q, k, v, o = linear(self.qkvo_proj, x).split(self.splits, -1)
-        h, cell = self._cell(q, k, v, x, cell, mask, cu_seqlens)
-        return linear(self.out_proj, torch.sigmoid(o) * h), LayerState(cell)
+        h, cell = self._cell(q, k, v, x, cell, mask, cu_seqlens, keep)
+        return linear(self.out_proj, torch.sigmoid(last(o, keep)) * h), LayerState(cell)
 
 
 class MLSTMPreUpLayer(_MLSTMMixer):
@@ -333,16 +343,18 @@ class MLSTMPreUpLayer(_MLSTMMixer):
         *,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        keep: int | None = None,
     ) -> tuple[Tensor, LayerState]:
-        check_layer_input(x, self.config.hidden_size, mask, cu_seqlens)
+        check_layer_input(x, self.config.hidden_size, mask, cu_seqlens, keep)
         cell, conv = unpack_state(state, self.conv)
         x, z = linear(self.up_proj, x).chunk(2, -1)
         c = x
         if self.conv is not None:
             c, conv = self.conv(x, conv, mask=mask, cu_seqlens=cu_seqlens)
         q, k, v = self.q_proj(c), self.k_proj(c), self.v_proj(x)
-        h, cell = self._cell(q, k, v, torch.cat((q, k, v), -1), cell, mask, cu_seqlens)
-        return linear(self.down_proj, (h + self.skip * c) * F.silu(z)), LayerState(cell, conv)
+        h, cell = self._cell(q, k, v, torch.cat((q, k, v), -1), cell, mask, cu_seqlens, keep)
+        y = (h + self.skip * last(c, keep)) * F.silu(last(z, keep))
+        return linear(self.down_proj, y), LayerState(cell, conv)
 
 
 class SLSTMLayer(nn.Module):
@@ -395,8 +407,9 @@ class SLSTMLayer(nn.Module):
         *,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        keep: int | None = None,
     ) -> tuple[Tensor, LayerState]:
-        check_layer_input(x, self.config.hidden_size, mask, cu_seqlens)
+        check_layer_input(x, self.config.hidden_size, mask, cu_seqlens, keep)
         cell, conv = unpack_state(state, self.conv)
         c = x
         if self.conv is not None:
@@ -409,7 +422,7 @@ class SLSTMLayer(nn.Module):
         else:
             options: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "backend": self.backend}
             h, cell = slstm_scan(gates, self.recurrent_weight, cell, **options)
-        return self.head_norm(h.to(x.dtype)), LayerState(cell, conv)
+        return self.head_norm(last(h, keep).to(x.dtype)), LayerState(cell, conv)
 
     def _gates(self, x: Tensor, first: int) -> Tensor:
         """Input parts of two gates, `[B, T, D]` to `[B, T, H, 2, D / H]`, in the dtype of their weight."""

@@ -46,6 +46,7 @@ from .layers_xlstm import (
     SLSTMLayer,
     XLSTMNorm,
     init_linear_,
+    last,
     small_std,
 )
 from .linear import linear
@@ -54,7 +55,8 @@ from .linear import linear
 class XLSTMBlock(GradientCheckpointingLayer):
     """Pre-norm residual block: `x + mixer(norm(x))`, then `x + ffn(norm(x))` where the block has a feed-forward.
 
-    `y, state = block(x, state)` with x, y `[B, T, hidden_size]`; `state` is a `LayerState`, `None` to start.
+    `y, state = block(x, state)` with x, y `[B, T, hidden_size]`; `state` is a `LayerState`, `None` to start. With
+    `keep`, y is of the last `keep` positions only.
     """
 
     def __init__(self, config: XLSTMConfig, layer_idx: int = 0):
@@ -83,9 +85,10 @@ class XLSTMBlock(GradientCheckpointingLayer):
         *,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        keep: int | None = None,
     ) -> tuple[Tensor, LayerState]:
-        y, state = self.mixer(self.mixer_norm(x), state, mask=mask, cu_seqlens=cu_seqlens)
-        x = x + self.dropout(y)
+        y, state = self.mixer(self.mixer_norm(x), state, mask=mask, cu_seqlens=cu_seqlens, keep=keep)
+        x = last(x, keep) + self.dropout(y)
         if self.ffn is not None:
             x = x + self.dropout(self.ffn(self.ffn_norm(x)))
         return x, state
@@ -166,6 +169,7 @@ class XLSTMModel(XLSTMPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cache_params: XLSTMCache | None = None,
+        keep: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         r"""
@@ -177,10 +181,11 @@ class XLSTMModel(XLSTMPreTrainedModel):
                 model is not in training mode. `cache_params` is an alias.
             cu_seq_lens_q, position_ids: Boundaries `[N + 1]` of sequences packed into a batch of 1, or positions that
                 restart at 0 at each; the state starts anew there.
+            keep: Positions at the end that the last block has to give an output for, all by default.
 
         Returns:
-            `last_hidden_state` `[B, T, D]`, `past_key_values`, and on request `hidden_states`: the embedding and the
-            output of every block, the last of them normalised.
+            `last_hidden_state` `[B, T or keep, D]`, `past_key_values`, and on request `hidden_states`: the embedding
+            and the output of every block, the last of them normalised.
 
         Raises:
             TypeError, ValueError, IndexError: An input does not fit; the message says what, got and expected.
@@ -220,7 +225,9 @@ class XLSTMModel(XLSTMPreTrainedModel):
             state = None if cache is None else cache.get_state(i)
             if cache is not None and cache.is_recording:
                 cache.layers[i].record(state, T, _replay(block, x, mask))
-            x, state = block(x, state, mask=mask, cu_seqlens=cu_seqlens)
+            x, state = block(
+                x, state, mask=mask, cu_seqlens=cu_seqlens, keep=keep if i + 1 == len(self.layers) else None
+            )
             if cache is not None:
                 cache.update(state, i)
         if cache is not None:
@@ -361,6 +368,9 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         Raises:
             As [`XLSTMModel`]; and FloatingPointError if logits outside training are not finite (on a CPU).
         """
+        # what is kept of the logits is all that the last block needs to give, unless its output is wanted as well
+        cut = isinstance(logits_to_keep, int) and logits_to_keep > 0
+        whole = kwargs.get("output_hidden_states") or self.config.output_hidden_states
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -368,6 +378,7 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             cache_params=cache_params,
+            keep=logits_to_keep if cut and not whole else None,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

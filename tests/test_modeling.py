@@ -752,6 +752,27 @@ def test_without_a_mask_sequences_end_before_the_padding_token_or_are_refused():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_last_block_may_leave_out_what_is_not_kept(kind):
+    model, ids = tiny_model(kind), random_ids(2, 20)
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[0, :7] = 0
+    for T, options in ((20, {}), (20, {"attention_mask": mask}), (1, {})):
+        whole = model.model(ids[:, :T], **options)
+        for keep in (1, 3, 20, 50):
+            part = model.model(ids[:, :T], keep=keep, **options)
+            assert_near(part.last_hidden_state, whole.last_hidden_state[:, -keep:])
+            assert_same_states(part.past_key_values, whole.past_key_values, 0)
+    output = model(ids, logits_to_keep=1, output_hidden_states=True)
+    assert all(x.shape[1] == 20 for x in output.hidden_states) and output.logits.shape[1] == 1
+    block = model.model.layers[-1]
+    x = torch.randn(2, 20, 32)
+    assert_near(block(x, keep=2)[0], block(x)[0][:, -2:])
+    with pytest.raises(ValueError, match="keep must be at least 1, or None for all positions, got 0"):
+        model.model(ids, keep=0)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kind", TWO_KINDS)
 def test_classification_continues_a_cache(kind):
     model, ids = tiny_model(kind, cls=XLSTMForSequenceClassification, num_labels=3), random_ids(2, 12)
