@@ -63,12 +63,10 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
     """`cap * tanh(x / cap)`, computed in float32 or better; x itself without a cap."""
     if cap is None:
         return x
-    y = x.to(state_dtype(x.dtype))
-    if _in_blocks(y) and torch.is_grad_enabled() and y.requires_grad:
-        y = _SoftCap.apply(y, cap)
-    else:
-        y = cap * torch.tanh(y / cap)
-    return y.to(x.dtype)
+    dtype = state_dtype(x.dtype)
+    if _in_blocks(x) and torch.is_grad_enabled() and x.requires_grad:
+        return _SoftCap.apply(x.to(dtype), cap).to(x.dtype)
+    return (cap * torch.tanh(x.to(dtype) / cap)).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
