@@ -4,10 +4,11 @@ Every peer runs every measurement once a round, in turn, so that all see the sam
 the rounds of peer time / our time. The tests that show that our models compute the same as the peers run first, and
 nothing is printed if they fail.
 
-Models of 47 M parameters (width 512, 12 blocks, vocabulary 8192) predict the last token of a prompt of 512 (`prefill`),
-continue it by 16 tokens, one at a time (`decode`), and take AdamW steps on 4 x 512 tokens (`train`). Models of the
-first paper (width 512, six blocks; the package's `vanilla` sLSTM, the one for CPUs) only train, and so do two sLSTM
-blocks by themselves, without embedding and head (`train blocks`).
+Models of 47 M parameters (width 512, 12 blocks, vocabulary 8192) read a prompt of 512 and predict the next token
+(`prefill`; Transformers' xLSTM, whatever `logits_to_keep` says, predicts all 512), continue it by 16 tokens, one at a
+time (`decode`), and take AdamW steps on 4 x 512 tokens (`train`). Models of the first paper (width 512, six blocks; the
+package's `vanilla` sLSTM, the one for CPUs) only train, and so do two sLSTM blocks by themselves, without embedding and
+head (`train blocks`).
 """
 
 import argparse
@@ -121,12 +122,13 @@ def decode(model: nn.Module, peer: Peer, ids: Tensor) -> Callable[[], object]:
 
 def train(model: nn.Module, peer: Peer, ids: Tensor) -> Callable[[], object]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    next_ids = nn.functional.pad(ids, (0, 1), value=-100)[:, 1:].flatten()
 
     def run():
         if isinstance(model, transformers.PreTrainedModel):
             loss = model(ids, labels=ids, use_cache=False).loss
         else:
-            loss = nn.functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+            loss = nn.functional.cross_entropy(model(ids).flatten(0, 1), next_ids)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

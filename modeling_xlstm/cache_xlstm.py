@@ -144,7 +144,7 @@ class XLSTMCacheLayer:
         self, state: LayerState | None, tokens: int, replay: Callable[[LayerState | None, int], LayerState]
     ) -> None:
         """Remembers the state before a forward pass over `tokens` tokens; `replay(before, k)` redoes its first k."""
-        before = None if state is None else state.map(Tensor.clone)
+        before = None if state is None or self.is_empty else state.map(Tensor.clone)
         self.records.append(Record(before, tokens, lambda k: replay(before, k)))
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -188,10 +188,10 @@ class XLSTMCache(Cache):
         # A tensor, so that counting tokens does not recompile a decode step.
         self.seen_tokens = torch.zeros((), dtype=torch.int64)
 
-    def get_state(self, layer_idx: int) -> LayerState | None:
-        """The state that a layer starts from, None for that of an empty text, which is of any batch size."""
+    def get_state(self, layer_idx: int, batch_size: int) -> LayerState | None:
+        """The state that a layer starts from. That of an empty text is of any batch size."""
         layer = self.layers[layer_idx]
-        if layer.state is None or layer.is_empty:
+        if layer.state is None or (layer.is_empty and layer.batch_size != batch_size):
             return None
         if not is_readable(layer.state.cell[0]):
             layer.state = layer.state.map(torch.clone)

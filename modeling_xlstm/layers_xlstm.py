@@ -228,9 +228,9 @@ class CausalConv1d(nn.Module):
         """Real tokens together, in order, behind the past; padding after them."""
         order = torch.argsort(mask.long(), dim=1, descending=True, stable=True)
         rank = (mask.long().cumsum(1) - 1).clamp(min=0)
-        last = mask.sum(1, keepdim=True) + torch.arange(before.shape[1], device=x.device)
+        newest = mask.sum(1, keepdim=True) + torch.arange(before.shape[1], device=x.device)
         x = torch.cat((before, _gather(x, order)), 1)
-        return _gather(self._convolve(x), rank), _gather(x, last)
+        return _gather(self._convolve(x), rank), _gather(x, newest)
 
     def _convolve(self, x: Tensor) -> Tensor:
         return F.conv1d(x.mT, self.weight[:, None], self.bias, groups=x.shape[-1]).mT
@@ -414,7 +414,7 @@ class SLSTMLayer(nn.Module):
         c = x
         if self.conv is not None:
             c, conv = self.conv(x, conv, mask=mask, cu_seqlens=cu_seqlens)
-        gates = torch.cat((self._gates(c, 0), self._gates(x, 2)), -2) + self.gate_bias
+        gates = torch.cat((self._gates(c, 0), self._gates(x, 2)), -2)
         if x.shape[1] == 1 and cu_seqlens is None:
             mask = None if mask is None else mask[:, 0]
             h, cell = slstm_step(gates.squeeze(1), self.recurrent_weight, cell, mask=mask, backend=self.backend)
@@ -425,8 +425,12 @@ class SLSTMLayer(nn.Module):
         return self.head_norm(last(h, keep).to(x.dtype)), LayerState(cell, conv)
 
     def _gates(self, x: Tensor, first: int) -> Tensor:
-        """Input parts of two gates, `[B, T, D]` to `[B, T, H, 2, D / H]`, in the dtype of their weight."""
-        weight = self.gate_weight[:, first : first + 2].flatten(1, 2)
-        x = x.to(weight.dtype).unflatten(-1, (weight.shape[0], -1))
-        y = torch.einsum("bthi,hoi->btho", x, weight)
-        return y.unflatten(-1, (2, -1))
+        """Pre-activations of two gates without their recurrent part, `[B, T, D]` to `[B, T, H, 2, D / H]`."""
+        weight, bias = self.gate_weight[:, first : first + 2].flatten(1, 2), self.gate_bias[:, first : first + 2]
+        x = x.unflatten(-1, (weight.shape[0], -1))
+        if not self.config.keep_gates_in_fp32:
+            return torch.einsum("bthi,hoi->btho", x, weight.to(x.dtype)).unflatten(-1, (2, -1)) + bias
+        dtype = state_dtype(x.dtype)
+        with full_precision(x.device):
+            y = torch.einsum("bthi,hoi->btho", x.to(dtype), weight.to(dtype))
+            return y.unflatten(-1, (2, -1)) + bias.to(dtype)

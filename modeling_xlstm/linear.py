@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
 
 from .backends import HAS_ONEDNN_LINEAR
 
@@ -52,7 +53,8 @@ def _is_plain(module: nn.Module, x: Tensor) -> bool:
         and type(module.weight) is nn.Parameter
         and x.shape[-1] == module.in_features
         and not (module._forward_hooks or module._forward_pre_hooks)
-        and not (module._backward_hooks or module._backward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks or _has_any_global_hook())
+        and module._compiled_call_impl is None
         and "forward" not in module.__dict__  # replaced, as by what moves weights between devices
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()  # the compiler makes its own choice

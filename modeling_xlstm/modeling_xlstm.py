@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
@@ -169,7 +170,7 @@ class XLSTMModel(XLSTMPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cache_params: XLSTMCache | None = None,
-        keep: int | None = None,
+        logits_to_keep: int = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         r"""
@@ -181,11 +182,11 @@ class XLSTMModel(XLSTMPreTrainedModel):
                 model is not in training mode. `cache_params` is an alias.
             cu_seq_lens_q, position_ids: Boundaries `[N + 1]` of sequences packed into a batch of 1, or positions that
                 restart at 0 at each; the state starts anew there.
-            keep: Positions at the end that the last block has to give an output for, all by default.
+            logits_to_keep: Positions at the end that the last block has to give an output for, 0 for all.
 
         Returns:
-            `last_hidden_state` `[B, T or keep, D]`, `past_key_values`, and on request `hidden_states`: the embedding
-            and the output of every block, the last of them normalised.
+            `last_hidden_state` `[B, T or logits_to_keep, D]`, `past_key_values`, and on request `hidden_states`: the
+            embedding and the output of every block, the last of them normalised.
 
         Raises:
             TypeError, ValueError, IndexError: An input does not fit; the message says what, got and expected.
@@ -202,6 +203,8 @@ class XLSTMModel(XLSTMPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         else:
             _check_embeds(inputs_embeds, self.embed_tokens.weight)
+        if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep must be an integer of at least 0 for a stack, got {logits_to_keep!r}.")
         cache = past_key_values
         if cache is None and use_cache and not self.training:
             cache = XLSTMCache(self.config)
@@ -222,12 +225,11 @@ class XLSTMModel(XLSTMPreTrainedModel):
 
         x = inputs_embeds
         for i, block in enumerate(self.layers):
-            state = None if cache is None else cache.get_state(i)
+            state = None if cache is None else cache.get_state(i, B)
             if cache is not None and cache.is_recording:
                 cache.layers[i].record(state, T, _replay(block, x, mask))
-            x, state = block(
-                x, state, mask=mask, cu_seqlens=cu_seqlens, keep=keep if i + 1 == len(self.layers) else None
-            )
+            keep = logits_to_keep or None if i + 1 == len(self.layers) else None
+            x, state = block(x, state, mask=mask, cu_seqlens=cu_seqlens, keep=keep)
             if cache is not None:
                 cache.update(state, i)
         if cache is not None:
@@ -378,7 +380,7 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             cache_params=cache_params,
-            keep=logits_to_keep if cut and not whole else None,
+            logits_to_keep=logits_to_keep if cut and not whole else 0,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -429,6 +431,11 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
                     "To continue, give the ids of the whole conversation, or the new ids with an attention_mask over "
                     f"all of it; got {cache.get_seq_length()} tokens in past_key_values and {length} ids and mask "
                     "columns."
+                )
+            if cache.get_seq_length() and generation_mode == GenerationMode.ASSISTED_GENERATION:
+                raise ValueError(
+                    "Prompt lookup and assisted generation must start from the first token, got past_key_values that "
+                    f"has seen {cache.get_seq_length()}: they would read these again."
                 )
             rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
             if cache.get_seq_length() and cache.batch_size != rows:
@@ -493,9 +500,11 @@ class XLSTMForSequenceClassification(GenericForSequenceClassification, XLSTMPreT
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: XLSTMCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
         r"""
         Args:
@@ -510,14 +519,21 @@ class XLSTMForSequenceClassification(GenericForSequenceClassification, XLSTMPreT
             As [`XLSTMModel`]; and ValueError if nothing tells where the sequences of a batch end.
         """
         model = getattr(self, self.base_model_prefix)
-        outputs = model(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        kwargs["position_ids"], kwargs["logits_to_keep"] = position_ids, 0
+        outputs = model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
         x = outputs.last_hidden_state
-        bounds = _packed_bounds(kwargs, x, None)
+        mask = None if attention_mask is None else attention_mask[:, -x.shape[1] :] != 0
+        bounds = _packed_bounds(kwargs, x, None if mask is None or mask.all() else mask)
         if bounds is not None:
             x = x[0, bounds[1:] - 1]
         else:
-            last = self._last_tokens(x.shape[0], x.shape[1], input_ids, attention_mask)
-            x = x[torch.arange(x.shape[0], device=x.device), last]
+            x = x[torch.arange(x.shape[0], device=x.device), self._last_tokens(x.shape[0], input_ids, mask)]
         logits = self.score(x)
         loss = None
         if labels is not None:
@@ -529,20 +545,20 @@ class XLSTMForSequenceClassification(GenericForSequenceClassification, XLSTMPreT
             hidden_states=outputs.hidden_states,
         )
 
-    def _last_tokens(
-        self, B: int, T: int, input_ids: Tensor | None, attention_mask: Tensor | None
-    ) -> Tensor | int:  # fmt: skip
-        """Positions `[B]` of the last token of each sequence."""
-        if attention_mask is not None:
-            real = attention_mask[:, -T:] != 0
-        elif input_ids is not None and self.config.pad_token_id is not None:
+    def _last_tokens(self, B: int, input_ids: Tensor | None, real: Tensor | None) -> Tensor | int:
+        """Positions `[B]` of the last token of each sequence, of which `real` `[B, T]` says where tokens are."""
+        if real is None and input_ids is not None and self.config.pad_token_id is not None:
             real = input_ids != self.config.pad_token_id
-        elif B == 1:
-            return -1
-        else:
+        if real is None:
+            if B == 1:
+                return -1
             missing = "inputs_embeds" if input_ids is None else "input_ids, and no pad_token_id in the configuration"
             raise ValueError(f"A batch of sequences must come with an attention_mask, got only {missing}.")
-        return (real * torch.arange(1, T + 1, device=real.device)).argmax(1)
+        if real.device.type == "cpu" and not torch.compiler.is_compiling() and not real.any(1).all():
+            raise ValueError(
+                f"Each sequence must have a token to be classified at, got none in {(~real.any(1)).sum()}."
+            )
+        return (real * torch.arange(1, real.shape[1] + 1, device=real.device)).argmax(1)
 
 
 class XLSTMForTokenClassification(GenericForTokenClassification, XLSTMPreTrainedModel):

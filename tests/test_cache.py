@@ -140,6 +140,23 @@ def test_after_a_reset_the_batch_may_be_another(kind):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", TWO_KINDS)
+@pytest.mark.parametrize("how", ["in place", "assigned"])
+def test_states_put_into_a_cache_that_was_reset_are_used(kind, how):
+    model, ids = tiny_model(kind), random_ids(2, 20)
+    cache = cache_after(model, ids[:, :12])
+    kept = [layer.state.map(torch.clone) for layer in cache.layers]
+    cache.reset()
+    for layer, state in zip(cache.layers, kept, strict=True):
+        if how == "assigned":
+            layer.state = state
+        else:
+            for name, tensor in layer.state.tensors().items():
+                tensor.copy_(state.tensors()[name])
+    assert_near(model(ids[:, 12:], past_key_values=cache).logits, model(ids).logits[:, 12:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", TWO_KINDS)
 def test_cropped_to_nothing_it_is_empty_again(kind):
     model, ids = tiny_model(kind), random_ids(2, 20)
     cache = cache_after(model, random_ids(3, 7))

@@ -220,6 +220,14 @@ def test_prompt_lookup_writes_the_same_text(kind):
     assert torch.equal(greedy(model, ids, 40, prompt_lookup_num_tokens=4), greedy(model, ids, 40))
 
 
+@pytest.mark.parametrize("assistance", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": tiny_model()}], ids=list)
+def test_assistance_starts_from_the_first_token(assistance):
+    model, ids = tiny_model(), random_ids(1, 12)
+    cache = model(ids[:, :5]).past_key_values
+    with pytest.raises(ValueError, match="must start from the first token, got past_key_values that has seen 5"):
+        greedy(model, ids, 4, past_key_values=cache, **assistance)
+
+
 class CountingModel:
     """Counts the forward passes of a model, and its draft tokens."""
 

@@ -93,6 +93,16 @@ def test_what_was_put_around_a_layer_is_called(wrap):
         assert torch.equal(actual, expected)
 
 
+def test_hooks_on_all_modules_and_compiled_layers_are_called():
+    layer, x, calls = nn.Linear(17, 23), torch.randn(5, 17), []
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: calls.append("hook"))
+    linear(layer, x)
+    handle.remove()
+    layer._compiled_call_impl = lambda x: calls.append("compiled")  # what layer.compile() sets
+    linear(layer, x)
+    assert calls == ["hook", "compiled"]
+
+
 def test_the_output_may_be_changed_in_place():
     layer, x = nn.Linear(17, 23), torch.randn(2, 5, 17, requires_grad=True)
     y = linear(layer, x)

@@ -733,8 +733,12 @@ def test_a_sequence_is_classified_at_its_last_real_token(kind, side, give):
     mask = mask.flip(1) if side == "left" else mask
     inputs = {"input_ids": ids} if give == "ids" else {"inputs_embeds": model.get_input_embeddings()(ids)}
     logits = model(**inputs, attention_mask=mask).logits
-    alone = [model(row[real == 1][None]).logits for row, real in zip(ids, mask, strict=True)]
-    assert_near(logits, torch.cat(alone), 5e-5)
+    alone = torch.cat([model(row[real == 1][None]).logits for row, real in zip(ids, mask, strict=True)])
+    assert_near(logits, alone, 5e-5)
+    positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+    assert_near(model(**inputs, attention_mask=mask, position_ids=positions, logits_to_keep=2).logits, alone, 5e-5)
+    with pytest.raises(ValueError, match="Each sequence must have a token to be classified at, got none in 1"):
+        model(**inputs, attention_mask=mask.index_fill(0, torch.tensor([1]), 0))
 
 
 @torch.no_grad()
@@ -760,7 +764,7 @@ def test_the_last_block_may_leave_out_what_is_not_kept(kind):
     for T, options in ((20, {}), (20, {"attention_mask": mask}), (1, {})):
         whole = model.model(ids[:, :T], **options)
         for keep in (1, 3, 20, 50):
-            part = model.model(ids[:, :T], keep=keep, **options)
+            part = model.model(ids[:, :T], logits_to_keep=keep, **options)
             assert_near(part.last_hidden_state, whole.last_hidden_state[:, -keep:])
             assert_same_states(part.past_key_values, whole.past_key_values, 0)
     output = model(ids, logits_to_keep=1, output_hidden_states=True)
@@ -769,7 +773,12 @@ def test_the_last_block_may_leave_out_what_is_not_kept(kind):
     x = torch.randn(2, 20, 32)
     assert_near(block(x, keep=2)[0], block(x)[0][:, -2:])
     with pytest.raises(ValueError, match="keep must be at least 1, or None for all positions, got 0"):
-        model.model(ids, keep=0)
+        block(x, keep=0)
+    cache = model(ids).past_key_values
+    for wrong in (-1, torch.tensor([1])):
+        with pytest.raises(ValueError, match="logits_to_keep must be an integer of at least 0 for a stack, got"):
+            model.model(ids, past_key_values=cache, logits_to_keep=wrong)
+    model(ids, past_key_values=cache)
 
 
 @torch.no_grad()
@@ -791,7 +800,8 @@ def test_packed_sequences_are_classified_each(kind):
     expected = torch.cat([model(ids[:, :5]).logits, model(ids[:, 5:]).logits])
     bounds = torch.tensor([0, 5, 12], dtype=torch.int32)
     positions = torch.tensor([[*range(5), *range(7)]])
-    for how in ({"cu_seq_lens_q": bounds}, {"position_ids": positions}):
+    ones = {"attention_mask": torch.ones_like(ids)}
+    for how in ({"cu_seq_lens_q": bounds}, {"position_ids": positions}, {"position_ids": positions, **ones}):
         output = model(ids, labels=torch.tensor([0, 2]), **how)
         assert_near(output.logits, expected, 5e-5)
         assert_near(output.loss, torch.nn.functional.cross_entropy(expected, torch.tensor([0, 2])))
