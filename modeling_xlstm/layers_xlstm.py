@@ -269,7 +269,7 @@ class _MLSTMMixer(nn.Module):
     def _cell(
         self, q: Tensor, k: Tensor, v: Tensor, gate_input: Tensor, state: MLSTMState | None, mask, cu_seqlens, keep
     ) -> tuple[Tensor, MLSTMState]:
-        """q, k, v `[B, T, H K]` or `[B, T, H V]` to the normalised heads `[B, keep, H V]`."""
+        """q, k, v `[B, T, H K]` or `[B, T, H V]` to the normalised heads `[B, T or keep, H V]`."""
         config = self.config
         K, V = config.qk_size // config.num_heads, config.inner_size // config.num_heads
         q, k, v = q.unflatten(-1, (-1, K)), k.unflatten(-1, (-1, K)), v.unflatten(-1, (-1, V))

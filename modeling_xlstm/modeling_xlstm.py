@@ -228,7 +228,7 @@ class XLSTMModel(XLSTMPreTrainedModel):
             state = None if cache is None else cache.get_state(i, B)
             if cache is not None and cache.is_recording:
                 cache.layers[i].record(state, T, _replay(block, x, mask))
-            keep = logits_to_keep or None if i + 1 == len(self.layers) else None
+            keep = (logits_to_keep or None) if i + 1 == len(self.layers) else None
             x, state = block(x, state, mask=mask, cu_seqlens=cu_seqlens, keep=keep)
             if cache is not None:
                 cache.update(state, i)
