@@ -37,16 +37,14 @@ class LayerState(NamedTuple):
         return named if self.conv is None else {**named, "conv": self.conv}
 
 
-def is_writable(x: Tensor) -> bool:
-    """Whether outside autograd x may be overwritten: unlike what has a gradient, or is left from an inference mode."""
-    if x.requires_grad or torch.compiler.is_compiling():
-        return not x.requires_grad
-    return torch.is_inference_mode_enabled() or not x.is_inference()
-
-
 def is_readable(x: Tensor) -> bool:
     """Whether autograd may read x: unlike what is left from an inference mode."""
     return torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not x.is_inference()
+
+
+def is_writable(x: Tensor) -> bool:
+    """Whether outside autograd x may be overwritten: unlike what has a gradient, or is left from an inference mode."""
+    return not x.requires_grad and is_readable(x)
 
 
 def _keep_address(x: Tensor) -> None:

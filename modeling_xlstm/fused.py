@@ -138,11 +138,11 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx, d_loss: Tensor, _) -> tuple[Tensor, None, None]:
         logits, labels, log_z = ctx.saved_tensors
         real = labels != ctx.ignore_index
-        labels, scale = labels.where(real, 0)[:, None], real * d_loss
+        labels, own = labels.where(real, 0)[:, None], -d_loss.expand(len(labels), 1)
         d_logits = torch.empty_like(logits)
         for block in _blocks(logits):
-            d = (logits[block] - log_z[block, None]).exp_().mul_(scale[block, None])
-            d_logits[block] = d.scatter_add_(1, labels[block], -scale[block, None])
+            d = (logits[block] - log_z[block, None]).exp_().mul_(d_loss)
+            d_logits[block] = d.scatter_add_(1, labels[block], own[block])
         d_logits[~real] = 0.0  # whose logits may be anything
         return d_logits, None, None
 

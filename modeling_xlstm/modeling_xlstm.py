@@ -412,33 +412,33 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
             raise ValueError("prefill_chunk_size needs padding on the left, got an attention_mask that ends with 0.")
         if (cache := model_kwargs.get("past_key_values")) is not None:
             _check_cache(cache, self.config)
-            if in_pieces and cache.get_seq_length() and not READS_ON_IN_PIECES:
+            seen = cache.get_seq_length()
+            if in_pieces and seen and not READS_ON_IN_PIECES:
                 raise NotImplementedError(
                     "prefill_chunk_size with a past_key_values that has seen tokens needs Transformers 5.21 or later, "
                     f"got {transformers.__version__}."
                 )
-            if embeds is not None:
-                seen = cache.get_seq_length()
-                if embeds.shape[1] <= seen or (mask is not None and embeds.shape[1] != mask.shape[1]):
-                    raise ValueError(
-                        f"inputs_embeds must hold the whole conversation, with the {seen} tokens that past_key_values "
-                        f"has seen, got {embeds.shape[1]}."
-                    )
+            if embeds is not None and (
+                embeds.shape[1] <= seen or (mask is not None and embeds.shape[1] != mask.shape[1])
+            ):
+                raise ValueError(
+                    f"inputs_embeds must hold the whole conversation, with the {seen} tokens that past_key_values "
+                    f"has seen, got {embeds.shape[1]}."
+                )
             # newer versions of Transformers drop a mask of ones, and note its length
             length = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
-            if length is not None and length <= cache.get_seq_length():
+            if length is not None and length <= seen:
                 raise ValueError(
                     "To continue, give the ids of the whole conversation, or the new ids with an attention_mask over "
-                    f"all of it; got {cache.get_seq_length()} tokens in past_key_values and {length} ids and mask "
-                    "columns."
+                    f"all of it; got {seen} tokens in past_key_values and {length} ids and mask columns."
                 )
-            if cache.get_seq_length() and generation_mode == GenerationMode.ASSISTED_GENERATION:
+            if seen and generation_mode == GenerationMode.ASSISTED_GENERATION:
                 raise ValueError(
                     "Prompt lookup and assisted generation must start from the first token, got past_key_values that "
-                    f"has seen {cache.get_seq_length()}: they would read these again."
+                    f"has seen {seen}: they would read these again."
                 )
             rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-            if cache.get_seq_length() and cache.batch_size != rows:
+            if seen and cache.batch_size != rows:
                 raise ValueError(
                     f"past_key_values must have a row for each of {rows} sequences, beams included, got "
                     f"{cache.batch_size}; batch_repeat_interleave repeats rows."

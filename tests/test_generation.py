@@ -220,7 +220,11 @@ def test_prompt_lookup_writes_the_same_text(kind):
     assert torch.equal(greedy(model, ids, 40, prompt_lookup_num_tokens=4), greedy(model, ids, 40))
 
 
-@pytest.mark.parametrize("assistance", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": tiny_model()}], ids=list)
+@pytest.mark.parametrize(
+    "assistance",
+    [{"prompt_lookup_num_tokens": 3}, {"assistant_model": tiny_model()}],
+    ids=["prompt lookup", "assistant"],
+)
 def test_assistance_starts_from_the_first_token(assistance):
     model, ids = tiny_model(), random_ids(1, 12)
     cache = model(ids[:, :5]).past_key_values
