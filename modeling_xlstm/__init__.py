@@ -7,9 +7,12 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .cache_xlstm import LayerState, XLSTMCache
+from .checkpoint_xlstm import conversions
 from .configuration_xlstm import XLSTMConfig
 from .layers_xlstm import MLSTMLayer, MLSTMPreUpLayer, SLSTMLayer
 from .mlstm import MLSTMState, mlstm_chunkwise, mlstm_step
@@ -54,3 +57,7 @@ AutoModelForCausalLM.register(XLSTMConfig, XLSTMForCausalLM)
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[XLSTMConfig.model_type] = "XLSTMForCausalLM"  # where Trainer looks to shift labels
 AutoModelForSequenceClassification.register(XLSTMConfig, XLSTMForSequenceClassification)
 AutoModelForTokenClassification.register(XLSTMConfig, XLSTMForTokenClassification)
+
+# Checkpoints of Transformers' own xLSTM, such as NX-AI/xLSTM-7b, are models of this package from here on.
+CONFIG_MAPPING.register("xlstm", XLSTMConfig, exist_ok=True)
+register_checkpoint_conversion_mapping(XLSTMConfig.model_type, conversions(), overwrite=True)

@@ -1,25 +1,30 @@
-"""Weights and configurations of every known xLSTM format, to and from those of this package: one table of names.
+"""Weights of every known xLSTM format, to and from those of this package: one table of names and layouts.
 
-| layout | model class of its origin |
+| format | model class of its origin |
 |---|---|
 | `transformers` | `xLSTMForCausalLM` of Transformers |
-| `large`, `large_fused` | `xLSTMLarge` of the package `xlstm`, with `weight_mode` `"single"` and `"fused"` |
-| `paper_vanilla`, `paper_cuda` | `xLSTMLMModel` of the package `xlstm`, by sLSTM backend: same names, other layouts |
+| `transformers-fused` | the same with `weight_mode="fused"`, which it can store but not build |
+| `xlstm-large`, `xlstm-large-fused` | `xLSTMLarge` of the package `xlstm`, by `weight_mode` |
+| `xlstm-paper`, `xlstm-paper-cuda` | `xLSTMLMModel` of the package `xlstm`, by sLSTM backend: one set of names |
 
 A row of the table pairs one native weight with the weights of the origin that hold it, and the operation between them.
-Nothing is added, scaled or rounded: a round trip is exact to the bit. Which weights a model has is asked of the model.
+Nothing is added, scaled or rounded: a round trip is exact to the bit. Which weights a model has is asked of the model
+(`weight_shapes` in `modeling_xlstm`). The configurations of the same formats are in `configuration_formats`.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+import re
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.core_model_loading import Concatenate, ConversionOps, WeightConverter, WeightRenaming
 
-from .configuration_xlstm import PAPER_ARCHITECTURE, XLSTMConfig
-from .modeling_xlstm import XLSTMForCausalLM
+from .configuration_formats import check_expressible, fields_from, listing
+from .configuration_xlstm import XLSTMConfig
 
 
 class Operation(NamedTuple):
@@ -30,7 +35,7 @@ class Operation(NamedTuple):
 
 
 def _write_absent(y: Tensor, config: XLSTMConfig) -> Sequence[Tensor]:
-    if y.any():
+    if not y.is_meta and y.any():
         raise ValueError("model.norm.bias must be zero: the origin has no bias in its final norm.")
     return ()
 
@@ -61,18 +66,14 @@ Rows = dict[str, str | tuple]
 class Layout(NamedTuple):
     """The weights outside blocks, and those in each kind of block, below the name `blocks` and the index."""
 
-    fixed: dict[str, Any]  # fields of XLSTMConfig that the origin cannot vary
     top: Rows
     blocks: str
     mlstm: Rows
     slstm: Rows
 
 
-def _large(
-    embedding: str, projections: Rows, norm_bias: str | tuple = "backbone.out_norm.bias", **fixed: Any
-) -> Layout:
+def _large(embedding: str, projections: Rows, norm_bias: str | tuple = "backbone.out_norm.bias") -> Layout:
     return Layout(
-        fixed={"mlstm_block": "post_up", "norm_type": "rms_norm", **fixed},
         top={
             "model.embed_tokens": embedding,
             "model.norm.weight": "backbone.out_norm.weight",
@@ -98,9 +99,7 @@ def _paper(recurrent: Operation, bias: Operation) -> Layout:
         "mixer.conv.weight": (CONV, "xlstm.conv1d.conv.weight"),
         "mixer.conv.bias": "xlstm.conv1d.conv.bias",
     }
-    architecture = {field: value for field, value in PAPER_ARCHITECTURE.items() if field != "num_heads"}
     return Layout(
-        fixed={**architecture, "mlstm_input_gate": "exp", "eps": 1e-6},
         top={
             "model.embed_tokens": "token_embedding",
             "model.norm": "xlstm_block_stack.post_blocks_norm",
@@ -142,100 +141,155 @@ FUSED: Rows = {
     "mixer.gate_proj": "mlstm_layer.ifgate_preact",
     "ffn.up_proj": "ffn.proj_up_gate_z",
 }
+NO_NORM_BIAS = (ABSENT, "backbone.out_norm.weight")
 LAYOUTS = {
-    "transformers": _large("backbone.embeddings", SINGLE, (ABSENT, "backbone.out_norm.weight"), add_out_norm=True),
-    "large": _large("embedding", SINGLE),
-    "large_fused": _large("embedding", FUSED),
-    "paper_vanilla": _paper(R_VANILLA, BIAS_VANILLA),
-    "paper_cuda": _paper(R_CUDA, BIAS_CUDA),
+    "transformers": _large("backbone.embeddings", SINGLE, NO_NORM_BIAS),
+    "transformers-fused": _large("backbone.embeddings", FUSED, NO_NORM_BIAS),
+    "xlstm-large": _large("embedding", SINGLE),
+    "xlstm-large-fused": _large("embedding", FUSED),
+    "xlstm-paper": _paper(R_VANILLA, BIAS_VANILLA),
+    "xlstm-paper-cuda": _paper(R_CUDA, BIAS_CUDA),
 }
 
 
-def to_native(state_dict: Mapping[str, Tensor], config: XLSTMConfig, layout: str) -> dict[str, Tensor]:
-    """The weights of `XLSTMForCausalLM(config)` from those of its origin. Dtypes stay; renamed tensors are shared.
+class Row(NamedTuple):
+    """One native weight, and the weights of the origin that hold it."""
 
-    Of the two paper layouts, the shape of the recurrent weights tells which it is, whichever of them is named.
+    native: str
+    operation: Operation
+    names: list[str]
 
-    Raises ValueError if `layout` cannot hold such a model, or if a weight is missing, unexpected or of a wrong shape.
+
+def rows_of(config: XLSTMConfig, fmt: str, native: Iterable[str]) -> list[Row]:
+    """Where each of the weights `native` of an `XLSTMForCausalLM(config)` is in the format `fmt`.
+
+    Raises ValueError if the format cannot hold such a model.
     """
-    given = dict(state_dict)
-    R = next((x for name, x in given.items() if name.endswith("._recurrent_kernel_")), None)
-    if R is not None and layout in ("paper_vanilla", "paper_cuda"):
-        layout = "paper_cuda" if R.shape[-1] > R.shape[-2] else "paper_vanilla"
-    rows, shapes = _rows(config, layout)
-    if layout.startswith("paper"):
-        _add_absent_biases(given, rows, shapes)
-    _tie(given, f"{LAYOUTS[layout].top['model.embed_tokens']}.weight", config)
-    _check_names(given, {name for _, _, names in rows for name in names}, f"A checkpoint of layout {layout}")
-    native = {}
-    for name, operation, names in rows:
-        parts = [given[x] for x in names]
-        try:
-            y = operation.read(parts, config)
-            fits = y.shape == shapes[name] and all(map(Tensor.is_same_size, operation.write(y, config), parts))
-        except (RuntimeError, IndexError):  # the operation does not apply to such shapes
-            fits = False
-        if not fits:
-            got = ", ".join(f"{x} {list(part.shape)}" for x, part in zip(names, parts, strict=True))
-            raise ValueError(f"{name} must have shape {list(shapes[name])}, got {got}.")
-        native[name] = y.contiguous()
-    return native
-
-
-def from_native(state_dict: Mapping[str, Tensor], config: XLSTMConfig, layout: str) -> dict[str, Tensor]:
-    """The weights of the origin from those of `XLSTMForCausalLM(config)`: what `to_native` reads, to the bit.
-
-    In the paper layouts, `use_bias` stands for both `bias` and `feedforward.bias` of the origin.
-
-    Raises ValueError if `layout` cannot hold such a model, or if a weight is missing, unexpected or of a wrong shape.
-    """
-    given = dict(state_dict)
-    rows, shapes = _rows(config, layout)
-    _tie(given, "model.embed_tokens.weight", config)
-    _check_names(given, shapes.keys(), "The state dict of an XLSTMForCausalLM")
-    origin: dict[str, Tensor] = {}
-    for name, operation, names in rows:
-        if given[name].shape != shapes[name]:
-            raise ValueError(f"{name} must have shape {list(shapes[name])}, got {list(given[name].shape)}.")
-        parts = operation.write(given[name], config)
-        if len(parts) > 1:  # views of one tensor, which safetensors refuses to save
-            parts = [part.clone(memory_format=torch.contiguous_format) for part in parts]
-        origin.update(zip(names, (part.contiguous() for part in parts), strict=bool(parts)))
-    return origin
-
-
-def _layout(name: str) -> Layout:
-    if name not in LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {name!r}.")
-    return LAYOUTS[name]
-
-
-def _rows(config: XLSTMConfig, layout: str) -> tuple[list[tuple[str, Operation, list[str]]], dict[str, torch.Size]]:
-    """Every weight of the model with its operation and full names in the origin; and their shapes."""
-    table = _layout(layout)
-    for field, value in table.fixed.items():
-        if getattr(config, field) != value:
-            raise ValueError(f"{field} must be {value!r} in the layout {layout}, got {getattr(config, field)!r}.")
-    with torch.device("meta"):
-        shapes = {name: x.shape for name, x in XLSTMForCausalLM(config).state_dict().items()}
+    native = list(native)
+    if fmt == "native":
+        return [Row(name, RENAME, [name]) for name in native]
+    check_expressible(config, fmt)
+    table = LAYOUTS[fmt]
     groups = [("", "", table.top)]
     for i, kind in enumerate(config.block_types):
         groups.append((f"model.layers.{i}.", f"{table.blocks}.{i}.", table.mlstm if kind == "mlstm" else table.slstm))
     rows = []
     for native_prefix, prefix, group in groups:
-        for native, entry in group.items():
+        for module, entry in group.items():
             operation, *names = (RENAME, entry) if isinstance(entry, str) else entry
             for suffix in ("", ".weight", ".bias"):
-                if (name := native_prefix + native + suffix) in shapes:
-                    rows.append((name, operation, [prefix + x + suffix for x in names]))
-    if homeless := shapes.keys() - {name for name, _, _ in rows}:
-        raise ValueError(f"The layout {layout} has no place for {_listing(homeless)}.")
-    return rows, shapes
+                if (name := native_prefix + module + suffix) in native:
+                    rows.append(Row(name, operation, [prefix + x + suffix for x in names]))
+    if homeless := set(native) - {row.native for row in rows}:
+        raise ValueError(f"The format {fmt} has no place for {listing(homeless)}.")
+    return rows
 
 
-def _add_absent_biases(given: dict[str, Tensor], rows: list, shapes: dict[str, torch.Size]) -> None:
+def embedding_name(fmt: str) -> str:
+    """The name of the embedding in a format, by which it is known."""
+    return f"{'model.embed_tokens' if fmt == 'native' else LAYOUTS[fmt].top['model.embed_tokens']}.weight"
+
+
+def detect(shapes: Mapping[str, Sequence[int]]) -> str:
+    """The format of a checkpoint by the names and shapes of its weights; `"native"` for that of this package.
+
+    Raises ValueError if it is none of them.
+    """
+    names = {embedding_name(fmt): fmt for fmt in ("native", "transformers", "xlstm-large", "xlstm-paper")}
+    found = [fmt for name, fmt in names.items() if name in shapes]
+    if len(found) != 1:
+        raise ValueError(f"The weights must have one embedding named {' or '.join(names)}, got {listing(shapes)}.")
+    if found == ["xlstm-paper"]:
+        R = next((shape for name, shape in shapes.items() if name.endswith("._recurrent_kernel_")), (1, 0))
+        return "xlstm-paper-cuda" if R[-1] > R[-2] else "xlstm-paper"
+    fused = found != ["native"] and any(".qkv_opreact." in name for name in shapes)
+    return f"{found[0]}-fused" if fused else found[0]
+
+
+def read_rows(
+    given: Mapping[str, Tensor], config: XLSTMConfig, fmt: str, shapes: Mapping[str, torch.Size]
+) -> Iterator[tuple[str, Tensor]]:
+    """The native weights, of the shapes `shapes`, from those of the origin. Each is read when it is its turn.
+
+    The names of a format are checked first: every weight must be there and have a place. Of the two formats of the
+    paper, the shape of the recurrent weights tells which it is, whichever of them is named.
+    """
+    if fmt.startswith("xlstm-paper"):
+        R = next((given[name] for name in given if name.endswith("._recurrent_kernel_")), None)
+        fmt = fmt if R is None else detect({embedding_name(fmt): (), "._recurrent_kernel_": R.shape})
+    rows = rows_of(config, fmt, shapes)
+    given = ChainMap({}, given)  # type: ignore[arg-type]  # what is added does not reach the caller's
+    if fmt.startswith("xlstm-paper"):
+        _add_absent_biases(given, rows, shapes)
+    _tie(given, embedding_name(fmt), config)
+    _check_names(given, {name for row in rows for name in row.names}, f"A checkpoint of format {fmt}")
+    for row in rows:
+        parts = [given[name] for name in row.names]
+        try:
+            y = row.operation.read(parts, config)
+            fits = y.shape == shapes[row.native]
+            fits = fits and all(map(Tensor.is_same_size, row.operation.write(y, config), parts))
+        except (RuntimeError, IndexError):  # the operation does not apply to such shapes
+            fits = False
+        if not fits:
+            got = ", ".join(f"{x} {list(part.shape)}" for x, part in zip(row.names, parts, strict=True))
+            raise ValueError(f"{row.native} must have shape {list(shapes[row.native])}, got {got}.")
+        yield row.native, y.contiguous()
+
+
+def write_rows(
+    native: Iterable[tuple[str, Tensor]], config: XLSTMConfig, fmt: str, shapes: Mapping[str, torch.Size]
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights of the format `fmt`, name and tensor, from those of `XLSTMForCausalLM(config)` one by one.
+
+    Files of this package leave out an output projection that is tied; the others hold both weights.
+    """
+    rows = {row.native: row for row in rows_of(config, fmt, shapes)}
+    for name, y in native:
+        if config.tie_word_embeddings and name == "lm_head.weight":
+            if fmt == "native":
+                continue
+            y = y.clone()  # safetensors refuses to save one tensor under two names
+        parts = rows[name].operation.write(y, config)
+        if len(parts) > 1:  # views of one tensor: the same
+            parts = [part.clone(memory_format=torch.contiguous_format) for part in parts]
+        yield from zip(rows[name].names, (part.contiguous() for part in parts), strict=bool(parts))
+
+
+def to_native(
+    state_dict: Mapping[str, Tensor], config: XLSTMConfig, fmt: str, shapes: Mapping[str, torch.Size]
+) -> dict[str, Tensor]:
+    """The weights of an `XLSTMForCausalLM(config)`, of the shapes `shapes`, from those of its origin.
+
+    Dtypes stay; renamed tensors are shared. See `read_rows`.
+
+    Raises ValueError if the format `fmt` cannot hold such a model, or a weight is missing, unexpected or misshapen.
+    """
+    return dict(read_rows(state_dict, config, fmt, shapes))
+
+
+def from_native(
+    state_dict: Mapping[str, Tensor], config: XLSTMConfig, fmt: str, shapes: Mapping[str, torch.Size]
+) -> dict[str, Tensor]:
+    """The weights of the origin from those of `XLSTMForCausalLM(config)`: what `to_native` reads, to the bit.
+
+    In the formats of the paper, `use_bias` stands for both `bias` and `feedforward.bias` of the origin.
+
+    Raises ValueError if the format `fmt` cannot hold such a model, or a weight is missing, unexpected or misshapen.
+    """
+    given = dict(state_dict)
+    _tie(given, "model.embed_tokens.weight", config)
+    _check_names(given, shapes.keys(), "The state dict of an XLSTMForCausalLM")
+    for name, shape in shapes.items():
+        if given[name].shape != shape:
+            raise ValueError(f"{name} must have shape {list(shape)}, got {list(given[name].shape)}.")
+    return dict(write_rows(given.items(), config, fmt, shapes))
+
+
+def _add_absent_biases(given: MutableMapping[str, Tensor], rows: list[Row], shapes: Mapping[str, torch.Size]) -> None:
     """The paper's package has biases in mLSTM blocks, in feed-forwards, or in both: zeros for the kind without."""
-    biases = {names[0]: name for name, operation, names in rows if name.endswith("_proj.bias") and operation is RENAME}
+    renamed = [row for row in rows if row.operation is RENAME and row.native.endswith("_proj.bias")]
+    biases = {row.names[0]: row.native for row in renamed}
     kinds = {x.split(".")[3] for x in biases if x in given}
     for x, name in biases.items():
         weight = given.get(x.removesuffix("bias") + "weight")
@@ -243,32 +297,71 @@ def _add_absent_biases(given: dict[str, Tensor], rows: list, shapes: dict[str, t
             given[x] = weight.new_zeros(shapes[name])
 
 
-def _tie(given: dict[str, Tensor], embedding: str, config: XLSTMConfig) -> None:
+def _tie(given: MutableMapping[str, Tensor], embedding: str, config: XLSTMConfig) -> None:
     """Where embeddings are tied, the output projection may be left out, but not differ."""
     if not config.tie_word_embeddings or embedding not in given:
         return
-    if not torch.equal(given.setdefault("lm_head.weight", given[embedding]), given[embedding]):
+    x, y = given.setdefault("lm_head.weight", given[embedding]), given[embedding]
+    if not x.is_meta and not torch.equal(x, y):
         raise ValueError(f"lm_head.weight must equal {embedding} with tie_word_embeddings=True, got other values.")
 
 
-def _check_names(given: Mapping[str, Tensor], expected: Set[str], what: str) -> None:
-    faults = {"no": expected - given.keys(), "an unexpected": given.keys() - expected}
-    got = " and ".join(f"{fault} {_listing(names)}" for fault, names in faults.items() if names)
-    if got:
-        raise ValueError(f"{what} must hold exactly the weights of the configuration, got {got}.")
+class WeightNamesError(ValueError):
+    """Weights of a checkpoint that are `missing` or `unexpected`; the message names the first of them."""
+
+    def __init__(self, what: str, missing: Set[str], unexpected: Set[str]):
+        faults = {"no": missing, "an unexpected": unexpected}
+        got = " and ".join(f"{fault} {listing(names)}" for fault, names in faults.items() if names)
+        super().__init__(f"{what} must hold exactly the weights of the configuration, got {got}.")
+        self.missing, self.unexpected = missing, unexpected
 
 
-def _listing(names: Iterable[str]) -> str:
-    names = sorted(names)
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+def _check_names(given: Iterable[str], expected: Set[str], what: str) -> None:
+    missing, unexpected = expected - set(given), set(given) - expected
+    if missing or unexpected:
+        raise WeightNamesError(what, missing, unexpected)
 
 
-def config_from(origin: Any, layout: str, **overrides: Any) -> XLSTMConfig:
+class _WithZeroBias(ConversionOps):
+    """`ABSENT` for `from_pretrained`: the weight of a norm, and a bias of zeros where the model has one."""
+
+    def convert(self, input_dict, source_patterns, target_patterns, config=None, **kwargs):
+        (weight,) = input_dict[source_patterns[0]]
+        tensors = {target_patterns[0]: weight}
+        if config.use_bias:
+            tensors[target_patterns[1]] = torch.zeros_like(weight)
+        return tensors
+
+
+def conversions() -> list[WeightConverter | WeightRenaming]:
+    """How `from_pretrained` reads the formats `transformers` and `transformers-fused`: the table as its transforms.
+
+    Names of ours pass unchanged. The checkpoint of a bare `xLSTMModel` lacks `backbone.`, which is optional therefore.
+    """
+
+    def pattern(name: str) -> str:
+        return r"^(?:backbone\.)?" + re.escape(name.removeprefix("backbone."))
+
+    transforms: list[WeightConverter | WeightRenaming] = [
+        WeightRenaming(pattern("backbone.blocks."), "layers."),
+        WeightRenaming(pattern("backbone.embeddings."), "embed_tokens."),
+        WeightConverter(pattern("backbone.out_norm.weight"), ["norm.weight", "norm.bias"], [_WithZeroBias()]),
+    ]
+    for module, entry in [*LAYOUTS["transformers"].mlstm.items(), *FUSED.items()]:
+        if isinstance(entry, str):
+            transforms.append(WeightRenaming(re.escape(f".{entry}."), f".{module}."))
+        else:  # rows one after the other
+            sources = [re.escape(f".{name}.") for name in entry[1:]]
+            transforms.append(WeightConverter(sources, f".{module}.", [Concatenate(0)]))
+    return transforms
+
+
+def config_from(origin: Any, fmt: str, **overrides: Any) -> XLSTMConfig:
     """The configuration of the model whose origin has the configuration `origin`.
 
     Args:
         origin: `xLSTMConfig` of Transformers, `xLSTMLargeConfig` or `xLSTMLMModelConfig`, or one of them as a dict.
-        layout: A name in `LAYOUTS`.
+        fmt: A name in `LAYOUTS`.
         overrides: Fields of `XLSTMConfig`, such as `eos_token_id`, which only the configuration in Transformers has.
 
     Raises:
@@ -280,74 +373,4 @@ def config_from(origin: Any, layout: str, **overrides: Any) -> XLSTMConfig:
         origin = dataclasses.asdict(origin)
     elif not isinstance(origin, Mapping):
         raise TypeError(f"origin must be a configuration or a dict of one, got {type(origin).__name__}.")
-    fixed = _layout(layout).fixed
-    fields = _paper_fields(origin) if layout.startswith("paper") else _large_fields(origin, layout)
-    unknown = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-    return XLSTMConfig(**{**unknown, **fields, **fixed, **overrides})
-
-
-def _large_fields(origin: Mapping[str, Any], layout: str) -> dict[str, Any]:
-    required = {"vocab_size", "num_heads", "embedding_dim", "num_blocks"} if layout != "transformers" else set()
-    if missing := required - origin.keys():
-        raise ValueError(f"The configuration of an xLSTMLarge must have {_listing(missing)}, got no such field.")
-    widths = {origin.get("hidden_size"), origin.get("embedding_dim")} - {None}
-    if len(widths) > 1:
-        raise ValueError(
-            f"hidden_size and embedding_dim must be equal, got {origin['hidden_size']} and {origin['embedding_dim']}; "
-            "xLSTMConfig sets hidden_size to 4096 where only embedding_dim is given."
-        )
-    # Where both are given, the origin builds num_blocks blocks.
-    layers = [origin[name] for name in ("num_blocks", "num_hidden_layers") if origin.get(name) is not None]
-    tokens = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
-    return {
-        **(tokens if layout == "transformers" else {"ffn_proj_factor": 2.6667}),
-        **{field: origin[field] for field in XLSTMConfig.__annotations__ if field in origin},
-        "hidden_size": widths.pop() if widths else 4096,
-        "num_hidden_layers": layers[0] if layers else 32,
-        "mlstm_input_gate": "sigmoid" if "siging" in origin.get("chunkwise_kernel", "") else "exp",
-    }
-
-
-def _paper_fields(origin: Mapping[str, Any]) -> dict[str, Any]:
-    layers, slstm_at = origin.get("num_blocks", 1), origin.get("slstm_at", ())
-    if slstm_at == "all" or origin.get("mlstm_block") is None:
-        slstm_at = range(layers)
-    if any(not -layers <= i < layers for i in slstm_at):
-        raise ValueError(f"slstm_at must hold positions among {layers} blocks, got {list(slstm_at)}.")
-    kinds = ["slstm" if i in slstm_at or i - layers in slstm_at else "mlstm" for i in range(layers)]
-    mlstm_block: Any = origin["mlstm_block"] if "mlstm" in kinds else {}
-    slstm_block: Any = origin.get("slstm_block") if "slstm" in kinds else {"feedforward": None}
-    if slstm_block is None:
-        raise ValueError(f"slstm_block must be given for the sLSTM blocks at {list(slstm_at)}, got None.")
-    mlstm, slstm, ffn = mlstm_block.get("mlstm", {}), slstm_block.get("slstm", {}), slstm_block.get("feedforward", {})
-    widened = [mlstm] * ("mlstm" in kinds) + [ffn] * (ffn is not None)
-    multiples = {x.get("round_proj_up_to_multiple_of", 64) for x in widened} or {64}
-    for what, got, legal in (
-        ("function of an sLSTM", slstm.get("function", "slstm"), "slstm"),
-        ("group_norm_weight of an sLSTM", slstm.get("group_norm_weight", True), True),
-        ("act_fn of a feed-forward", (ffn or {}).get("act_fn", "gelu"), "gelu"),
-        ("round_proj_up_dim_up", all(x.get("round_proj_up_dim_up", True) for x in widened), True),
-        ("round_proj_up_to_multiple_of of all blocks", max(multiples), min(multiples)),
-    ):
-        if got != legal:
-            raise ValueError(f"The {what} must be {legal!r}, got {got!r}, which is not implemented.")
-    return {
-        "vocab_size": origin.get("vocab_size", -1),
-        "hidden_size": origin.get("embedding_dim", 128),
-        "num_hidden_layers": layers,
-        "block_types": kinds,
-        "num_heads": (mlstm if "mlstm" in kinds else slstm).get("num_heads", 4),
-        "mlstm_proj_factor": mlstm.get("proj_factor", 2.0),
-        "mlstm_qkv_block_size": mlstm.get("qkv_proj_blocksize", 4),
-        "conv_kernel_size": mlstm.get("conv1d_kernel_size", 4),
-        "ffn_round_up_to_multiple_of": min(multiples),
-        "slstm_num_heads": slstm.get("num_heads", 4),
-        "slstm_conv_kernel_size": slstm.get("conv1d_kernel_size", 4),
-        "slstm_ffn_proj_factor": 0 if ffn is None else ffn.get("proj_factor", 1.3),
-        "slstm_bias_init": slstm.get("bias_init", "powerlaw_blockdependent"),
-        "slstm_recurrent_init": slstm.get("recurrent_weight_init", "zeros"),
-        "use_bias": ("mlstm" in kinds and origin.get("bias", False)) or (ffn or {}).get("bias", False),
-        "add_out_norm": origin.get("add_post_blocks_norm", True),
-        "dropout": origin.get("dropout", 0.0),
-        "tie_word_embeddings": origin.get("tie_weights", False),
-    }
+    return XLSTMConfig(**{**fields_from(origin, fmt), **overrides})

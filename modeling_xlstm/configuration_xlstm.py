@@ -11,16 +11,10 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+from .configuration_formats import PAPER_ARCHITECTURE, fields_from
 
-# What the first paper's architecture sets differently from xLSTM-7B.
-PAPER_ARCHITECTURE = {
-    "mlstm_block": "pre_up",
-    "norm_type": "layer_norm",
-    "norm_eps": 1e-5,
-    "gate_soft_cap": None,
-    "output_logit_soft_cap": None,
-    "num_heads": 4,
-}
+
+PAPER_DEFAULTS = {**PAPER_ARCHITECTURE, "num_heads": 4}
 
 # size: (hidden size, blocks, positions of the sLSTM blocks in xLSTM[7:1]); https://arxiv.org/abs/2405.04517, appendix.
 PAPER_SIZES = {
@@ -42,7 +36,7 @@ CHOICES = {
 POSITIVE = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "slstm_num_heads", "qk_dim_factor", "v_dim_factor",
     "mlstm_proj_factor", "mlstm_qkv_block_size", "ffn_proj_factor", "ffn_round_up_to_multiple_of", "norm_eps",
-    "gate_soft_cap", "output_logit_soft_cap", "chunk_size",
+    "gate_soft_cap", "output_logit_soft_cap", "chunk_size", "context_length",
 )  # fmt: skip
 NOT_NEGATIVE = ("conv_kernel_size", "slstm_conv_kernel_size", "slstm_ffn_proj_factor", "eps")
 
@@ -88,6 +82,7 @@ class XLSTMConfig(PreTrainedConfig):
         dropout (`float`, *optional*, defaults to 0.0): Dropout on what each mixer and feed-forward adds to the stream.
         chunk_size (`int`, *optional*, defaults to 64): Chunk length of the mLSTM cell; changes speed, not results.
         backend (`str`, *optional*, defaults to `"auto"`): Kernels: `"auto"`, `"torch"` or `"triton"`.
+        context_length (`int`, *optional*): Length of the texts that the model was trained on. Not a limit.
         keep_gates_in_fp32 (`bool`, *optional*, defaults to `True`):
             Input projections of the gates stay in float32 when the model is loaded in bfloat16 or float16.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`): Share the input embedding with `lm_head`.
@@ -137,6 +132,7 @@ class XLSTMConfig(PreTrainedConfig):
     dropout: float | int = 0.0
     chunk_size: int = 64
     backend: str = "auto"
+    context_length: int | None = None
     keep_gates_in_fp32: bool = True
     tie_word_embeddings: bool = False
     use_cache: bool = True
@@ -150,6 +146,17 @@ class XLSTMConfig(PreTrainedConfig):
         if self.slstm_num_heads is None:
             self.slstm_num_heads = self.num_heads
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in Transformers; the configuration of its own xLSTM is translated."""
+        fields, unused = super().get_config_dict(*args, **kwargs)
+        return _translated(fields), unused
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+        """As in Transformers; the configuration of its own xLSTM is translated."""
+        return super().from_dict(_translated(config_dict), **kwargs)
 
     @classmethod
     def from_ratio(cls, ratio: str, **kwargs: Any) -> "XLSTMConfig":
@@ -169,7 +176,7 @@ class XLSTMConfig(PreTrainedConfig):
             )
         pattern = ["mlstm"] * mlstm + ["slstm"] * slstm
         block_types = pattern * (layers // len(pattern))
-        return cls(**{**PAPER_ARCHITECTURE, "block_types": block_types, **kwargs})
+        return cls(**{**PAPER_DEFAULTS, "block_types": block_types, **kwargs})
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "XLSTMConfig":
@@ -183,7 +190,7 @@ class XLSTMConfig(PreTrainedConfig):
         hidden_size, layers, slstm_at = PAPER_SIZES[match[1]]
         block_types = ["slstm" if match[2] == "7:1" and i in slstm_at else "mlstm" for i in range(layers)]
         shape = {"hidden_size": hidden_size, "num_hidden_layers": layers, "block_types": block_types}
-        return cls(**{**PAPER_ARCHITECTURE, **shape, **overrides})
+        return cls(**{**PAPER_DEFAULTS, **shape, **overrides})
 
     @property
     def layer_types(self) -> list[str]:
@@ -261,3 +268,10 @@ class XLSTMConfig(PreTrainedConfig):
     def _require_multiple(what: str, size: int, of: str, divisor: int):
         if size < divisor or size % divisor:
             raise ValueError(f"{what} must be a multiple of {of} = {divisor}, got {size}.")
+
+
+def _translated(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of an `XLSTMConfig`, from a `config.json` of ours or of Transformers' own xLSTM."""
+    if fields.get("model_type") != "xlstm":
+        return fields
+    return {**fields_from(fields, "transformers"), "model_type": XLSTMConfig.model_type}

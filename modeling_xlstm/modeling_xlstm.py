@@ -6,7 +6,10 @@ Dims: `B` batch `T` time `D` hidden size. A block is called like `nn.LSTM`: `y, 
 Papers: https://arxiv.org/abs/2405.04517 (xLSTM[a:b]) and https://arxiv.org/abs/2503.13427 (xLSTM-7B).
 """
 
+import json
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +18,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.modeling_layers import (
-    GenericForSequenceClassification,
-    GenericForTokenClassification,
-    GradientCheckpointingLayer,
-)
+from transformers.modeling_layers import GenericForTokenClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -33,7 +32,9 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .backends import READS_ON_IN_PIECES, resolve
 from .cache_xlstm import LayerState, XLSTMCache
+from .checkpoint_xlstm import from_native
 from .checks import check_float, check_sequence
+from .configuration_formats import fields_to
 from .configuration_xlstm import XLSTMConfig
 from .fused import causal_lm_loss, soft_cap
 from .layers_xlstm import (
@@ -139,6 +140,37 @@ class XLSTMPreTrainedModel(PreTrainedModel):
             if checked and not torch.isfinite(weight).all():
                 raise ValueError(f"All weights of a checkpoint must be finite, got NaN or infinity in {name}.")
         return result
+
+    def save_pretrained(  # type: ignore[override]  # the rest of its parameters are in kwargs
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        save_original_format: bool = False,
+        **kwargs: Any,
+    ):
+        """As in Transformers, except that `save_original_format` is off: weights are saved as they are in memory.
+
+        With `save_original_format=True` a language model is saved in the format of Transformers' own xLSTM, for those
+        who load it without this package. It takes the memory of the weights once more.
+
+        Raises ValueError if that format cannot express the model.
+        """
+        common = {"is_main_process": is_main_process, "save_original_format": False, **kwargs}
+        if not save_original_format:
+            super().save_pretrained(save_directory, state_dict=state_dict, push_to_hub=push_to_hub, **common)
+            return
+        if not isinstance(self, XLSTMForCausalLM):
+            raise ValueError(f"Transformers' format is that of a language model, got {type(self).__name__}.")
+        if push_to_hub:
+            raise ValueError("save_original_format=True saves to a directory only, got push_to_hub=True.")
+        native = self.state_dict() if state_dict is None else state_dict
+        origin = from_native(native, self.config, "transformers", weight_shapes(self.config))
+        super().save_pretrained(save_directory, state_dict=origin, **common)
+        if is_main_process:
+            text = json.dumps(fields_to(self.config, "transformers"), indent=2)
+            Path(save_directory, "config.json").write_text(text + "\n", encoding="utf-8")
 
     def set_backend(self, backend: str) -> None:
         """Selects the kernels of every layer: `"auto"`, `"torch"` or `"triton"`; raises if they cannot run here."""
@@ -492,8 +524,15 @@ def _check_finite(logits: Tensor) -> None:
         )
 
 
-class XLSTMForSequenceClassification(GenericForSequenceClassification, XLSTMPreTrainedModel):
+class XLSTMForSequenceClassification(XLSTMPreTrainedModel):
     """A label for each sequence, read at its last token that is not padding."""
+
+    def __init__(self, config: XLSTMConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = XLSTMModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
 
     @can_return_tuple
     def forward(
@@ -518,9 +557,8 @@ class XLSTMForSequenceClassification(GenericForSequenceClassification, XLSTMPreT
         Raises:
             As [`XLSTMModel`]; and ValueError if nothing tells where the sequences of a batch end.
         """
-        model = getattr(self, self.base_model_prefix)
         kwargs["position_ids"], kwargs["logits_to_keep"] = position_ids, 0
-        outputs = model(
+        outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
@@ -563,6 +601,21 @@ class XLSTMForSequenceClassification(GenericForSequenceClassification, XLSTMPreT
 
 class XLSTMForTokenClassification(GenericForTokenClassification, XLSTMPreTrainedModel):
     """A label for each token."""
+
+    def __init__(self, config: XLSTMConfig):
+        # that of Transformers asks AutoModel for the stack, which does not know classes loaded from a checkpoint's code
+        XLSTMPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = XLSTMModel(config)
+        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", None) or 0.1)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+def weight_shapes(config: XLSTMConfig) -> dict[str, torch.Size]:
+    """Names and shapes of the weights of `XLSTMForCausalLM(config)`, without allocating any."""
+    with torch.device("meta"):
+        return {name: weight.shape for name, weight in XLSTMForCausalLM(config).state_dict().items()}
 
 
 def count_parameters(config: XLSTMConfig) -> int:

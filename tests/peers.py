@@ -36,22 +36,22 @@ DEFAULTS: Mapping[str, Any] = types.MappingProxyType({})
 
 
 class Peer(NamedTuple):
-    """A model, its configuration, and the layout that `modeling_xlstm.checkpoint_xlstm` knows it by."""
+    """A model, its configuration, and the format that `modeling_xlstm.checkpoint_xlstm` knows it by."""
 
     model: nn.Module
     config: Any
-    layout: str
+    fmt: str
 
     @torch.no_grad()
     def logits(self, ids: Tensor) -> Tensor:
         """Logits `[B, T, vocabulary]` of a whole text, without a cache."""
-        if self.layout == "transformers":
+        if self.fmt == "transformers":
             return self.model(ids, use_cache=False).logits
         return self.model(ids)
 
     @property
     def blocks(self) -> Iterable[nn.Module]:
-        prefix = "xlstm_block_stack" if self.layout.startswith("paper") else "backbone"
+        prefix = "xlstm_block_stack" if self.fmt.startswith("xlstm-paper") else "backbone"
         return self.model.get_submodule(f"{prefix}.blocks").children()
 
 
@@ -118,7 +118,7 @@ def paper(
     with compiled if backend == "cuda" else contextlib.nullcontext():
         model = xLSTMLMModel(config)
     model.reset_parameters()
-    return Peer(randomise(model), config, f"paper_{backend}")
+    return Peer(randomise(model), config, "xlstm-paper" if backend == "vanilla" else "xlstm-paper-cuda")
 
 
 @seeded
@@ -140,7 +140,7 @@ def large(hidden: int = 64, blocks: int = 2, heads: int = 2, **fields: Any) -> P
         for block in model.backbone.blocks:
             backend = block.mlstm_layer.mlstm_backend
             backend._train_fn = functools.partial(lambda kernel, **inputs: (kernel(**inputs), None), backend._train_fn)
-    return Peer(randomise(model), config, "large_fused" if config.weight_mode == "fused" else "large")
+    return Peer(randomise(model), config, "xlstm-large-fused" if config.weight_mode == "fused" else "xlstm-large")
 
 
 @seeded

@@ -58,6 +58,7 @@ IMPOSSIBLE = [
     ("add_out_norm", 1, "'add_out_norm' expected bool, got int"),
     ("dropout", 1.0, "dropout must be at least 0 and less than 1, got 1.0"),
     ("dropout", -0.1, "dropout must be at least 0 and less than 1, got -0.1"),
+    ("context_length", 0, "context_length must be positive and finite, got 0"),
     ("chunk_size", 0, "chunk_size must be positive and finite, got 0"),
     ("backend", "cuda", "backend must be one of auto, torch, triton, got 'cuda'"),
     ("keep_gates_in_fp32", None, "'keep_gates_in_fp32' expected bool, got NoneType"),

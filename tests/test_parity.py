@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from modeling_xlstm import XLSTMConfig, XLSTMForCausalLM
 from modeling_xlstm.checkpoint_xlstm import config_from, from_native, to_native
+from modeling_xlstm.modeling_xlstm import weight_shapes
 
 
 # Length of a text: its seed. Where the normaliser of a head nearly vanishes, the norm after it magnifies the rounding
@@ -95,9 +96,9 @@ def peer(name: str, **extra) -> Peer:
 
 
 def converted(origin: Peer, **overrides) -> XLSTMForCausalLM:
-    config = config_from(origin.config, origin.layout, **overrides)
+    config = config_from(origin.config, origin.fmt, **overrides)
     model = XLSTMForCausalLM(config).eval()
-    model.load_state_dict(to_native(origin.model.state_dict(), config, origin.layout), strict=True)
+    model.load_state_dict(to_native(origin.model.state_dict(), config, origin.fmt, weight_shapes(config)), strict=True)
     return model
 
 
@@ -157,7 +158,7 @@ def test_hidden_states_after_each_block(name):
     states = model(ids, output_hidden_states=True).hidden_states
     assert len(states) == len(ours) + 1
     assert all(torch.equal(state, y) for state, y in zip(states[1:-1], ours[:-1], strict=True))
-    if origin.layout == "transformers":
+    if origin.fmt == "transformers":
         origin_states = origin.model(ids, output_hidden_states=True, use_cache=False).hidden_states
         for state, expected in zip(states, origin_states, strict=True):
             assert_same(state, expected, bound=1e-5)
@@ -192,7 +193,7 @@ def test_greedy_generation(name):
 def test_round_trip_is_exact(name, tmp_path):
     origin, config = peer(name), native(name).config
     weights = origin.model.state_dict()
-    back = from_native(native(name).state_dict(), config, origin.layout)
+    back = from_native(native(name).state_dict(), config, origin.fmt, weight_shapes(config))
     if name in PARTIAL_BIAS:
         added = back.keys() - weights.keys()
         assert added
@@ -204,7 +205,7 @@ def test_round_trip_is_exact(name, tmp_path):
     origin.model.load_state_dict(back, strict=True)
     if not config.tie_word_embeddings:
         save_file(back, tmp_path / "origin.safetensors")
-        again = to_native(load_file(tmp_path / "origin.safetensors"), config, origin.layout)
+        again = to_native(load_file(tmp_path / "origin.safetensors"), config, origin.fmt, weight_shapes(config))
         assert all(torch.equal(again[key], weight) for key, weight in native(name).state_dict().items())
 
 
@@ -225,24 +226,25 @@ def test_layout_of_the_cuda_backend():
 
     model = converted(cuda)
     assert_same(model(text(64)).logits, vanilla.logits(text(64)), bound=1e-5)
-    for layout in ("paper_vanilla", "paper_cuda"):  # the weights themselves tell
+    for fmt in ("xlstm-paper", "xlstm-paper-cuda"):  # the weights themselves tell
         for origin in (cuda, vanilla):
-            again = to_native(origin.model.state_dict(), model.config, layout)
+            again = to_native(origin.model.state_dict(), model.config, fmt, weight_shapes(model.config))
             assert all(torch.equal(again[key], weight) for key, weight in model.state_dict().items())
     for origin in (cuda, vanilla):
-        back = from_native(model.state_dict(), model.config, origin.layout)
+        back = from_native(model.state_dict(), model.config, origin.fmt, weight_shapes(model.config))
         assert all(torch.equal(back[key], weight) for key, weight in origin.model.state_dict().items())
         origin.model.load_state_dict(back, strict=True)
 
 
-@pytest.mark.parametrize("layout", ["transformers", "large", "large_fused"])
-def test_every_weight_of_xlstm_7b_has_a_place(layout):
+@pytest.mark.parametrize("fmt", ["transformers", "transformers-fused", "xlstm-large", "xlstm-large-fused"])
+def test_every_weight_of_xlstm_7b_has_a_place(fmt):
     config = XLSTMConfig.preset("xlstm-7b")
     with torch.device("meta"):
         weights = XLSTMForCausalLM(config).state_dict()
-    origin = from_native(weights, config, layout)
+    shapes = weight_shapes(config)
+    origin = from_native(weights, config, fmt, shapes)
     assert sum(weight.numel() for weight in origin.values()) == 6_865_424_896
-    again = to_native(origin, config, layout)
+    again = to_native(origin, config, fmt, shapes)
     assert {key: weight.shape for key, weight in again.items()} == {key: x.shape for key, x in weights.items()}
 
 
@@ -252,14 +254,14 @@ def test_output_projection_of_a_tied_checkpoint():
     weights = origin.model.state_dict()
     embedding = weights["backbone.embeddings.weight"]
     assert config.tie_word_embeddings
-    with pytest.raises(
-        ValueError, match="lm_head.weight must equal backbone.embeddings.weight with tie_word_embeddings"
-    ):
-        to_native(weights, config, "transformers")  # that model does not tie what its configuration says is tied
+    shapes = weight_shapes(config)
+    # that model does not tie what its configuration says is tied
+    with pytest.raises(ValueError, match="lm_head.weight must equal backbone.embeddings.weight with tie_word_embedd"):
+        to_native(weights, config, "transformers", shapes)
     del weights["lm_head.weight"]
-    assert torch.equal(to_native(weights, config, "transformers")["lm_head.weight"], embedding)
+    assert torch.equal(to_native(weights, config, "transformers", shapes)["lm_head.weight"], embedding)
     weights["lm_head.weight"] = embedding.clone()
-    assert torch.equal(to_native(weights, config, "transformers")["lm_head.weight"], embedding)
+    assert torch.equal(to_native(weights, config, "transformers", shapes)["lm_head.weight"], embedding)
 
 
 def test_configurations_as_files_have_them():
@@ -277,13 +279,13 @@ def test_configurations_as_files_have_them():
     assert config_from(published, "transformers", eos_token_id=0).to_dict() == XLSTMConfig.preset("xlstm-7b").to_dict()
     assert config_from({**published, "num_hidden_layers": 2}, "transformers").num_hidden_layers == 32
     siging = {**seven_b, "chunkwise_kernel": "chunkwise--triton_xl_chunk_siging"}
-    config = config_from(siging, "large_fused")
+    config = config_from(siging, "xlstm-large-fused")
     assert (config.mlstm_input_gate, config.ffn_size, config.eos_token_id) == ("sigmoid", 10944, None)
-    assert config_from(stack(num_blocks=4), "paper_cuda").block_types == ["mlstm", "slstm", "mlstm", "mlstm"]
-    assert config_from(stack(num_blocks=4, slstm_at=[-1]), "paper_cuda").block_types == ["mlstm"] * 3 + ["slstm"]
-    assert config_from(stack(mlstm_block=None), "paper_cuda").block_types == ["slstm"] * 2
+    assert config_from(stack(num_blocks=4), "xlstm-paper-cuda").block_types == ["mlstm", "slstm", "mlstm", "mlstm"]
+    assert config_from(stack(num_blocks=4, slstm_at=[-1]), "xlstm-paper-cuda").block_types == ["mlstm"] * 3 + ["slstm"]
+    assert config_from(stack(mlstm_block=None), "xlstm-paper-cuda").block_types == ["slstm"] * 2
     unused = {"feedforward": {"act_fn": "relu"}}  # of a stack without sLSTM
-    assert config_from(stack(slstm_at=[], slstm_block=unused), "paper_vanilla").block_types == ["mlstm"] * 2
+    assert config_from(stack(slstm_at=[], slstm_block=unused), "xlstm-paper").block_types == ["mlstm"] * 2
 
 
 def stack(ffn: dict | None = None, slstm: dict | None = None, **fields) -> dict:
@@ -293,55 +295,70 @@ def stack(ffn: dict | None = None, slstm: dict | None = None, **fields) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("origin", "layout", "message"),
+    ("origin", "fmt", "message"),
     [
-        ("xlstm-7b", "large", "origin must be a configuration or a dict of one, got str"),
-        ({}, "native", "layout must be one of transformers, large"),
+        ("xlstm-7b", "xlstm-large", "origin must be a configuration or a dict of one, got str"),
+        ({}, "native", "The format must be one of transformers, transformers-fused, xlstm-large"),
         ({"embedding_dim": 64, "hidden_size": 4096}, "transformers", "hidden_size and embedding_dim must be equal"),
-        ({"embedding_dim": 64}, "large", "must have num_blocks, num_heads, vocab_size"),
-        (stack(slstm_block=None), "paper_cuda", "slstm_block must be given"),
-        (stack(slstm_at=[2]), "paper_cuda", "slstm_at must hold positions among 2 blocks"),
-        (stack(ffn={"act_fn": "relu^2"}), "paper_cuda", "act_fn .* must be 'gelu', got 'relu\\^2'"),
-        (stack(slstm={"function": "lstm"}), "paper_cuda", "function .* must be 'slstm', got 'lstm'"),
-        (stack(slstm={"group_norm_weight": False}), "paper_cuda", "group_norm_weight .* must be True, got False"),
-        (stack(ffn={"round_proj_up_dim_up": False}), "paper_cuda", "round_proj_up_dim_up must be True"),
-        (stack(ffn={"round_proj_up_to_multiple_of": 32}), "paper_cuda", "round_proj_up_to_multiple_of .* must be 32"),
+        ({"embedding_dim": 64}, "xlstm-large", "must have num_blocks, num_heads, vocab_size"),
+        (stack(slstm_block=None), "xlstm-paper-cuda", "slstm_block must be given"),
+        (stack(slstm_at=[2]), "xlstm-paper-cuda", "slstm_at must hold positions among 2 blocks"),
+        (stack(ffn={"act_fn": "relu^2"}), "xlstm-paper-cuda", "act_fn .* must be 'gelu', got 'relu\\^2'"),
+        (stack(slstm={"function": "lstm"}), "xlstm-paper-cuda", "function .* must be 'slstm', got 'lstm'"),
+        (stack(slstm={"group_norm_weight": False}), "xlstm-paper-cuda", "group_norm_weight .* must be True, got False"),
+        (stack(ffn={"round_proj_up_dim_up": False}), "xlstm-paper-cuda", "round_proj_up_dim_up must be True"),
+        (
+            stack(ffn={"round_proj_up_to_multiple_of": 32}),
+            "xlstm-paper-cuda",
+            "round_proj_up_to_multiple_of .* must be 32",
+        ),
     ],
 )
-def test_refused_configurations(origin, layout, message):
+def test_refused_configurations(origin, fmt, message):
     with pytest.raises((ValueError, TypeError), match=message):
-        config_from(origin, layout)
+        config_from(origin, fmt)
 
 
 @NEEDS_KERNELS
 def test_refused_weights():
     origin, model = peer("large"), native("large")
     weights, config = origin.model.state_dict(), model.config
+    shapes = weight_shapes(config)
     with pytest.raises(ValueError, match=r"got no backbone\.blocks\.1\.ffn\.proj_up\.weight\.$"):
         to_native(
-            {key: x for key, x in weights.items() if key != "backbone.blocks.1.ffn.proj_up.weight"}, config, "large"
+            {key: x for key, x in weights.items() if key != "backbone.blocks.1.ffn.proj_up.weight"},
+            config,
+            "xlstm-large",
+            shapes,
         )
     with pytest.raises(
-        ValueError, match=r"layout large_fused .* got no .* and 2 more and an unexpected .* and 14 more"
+        ValueError, match=r"format xlstm-large-fused .* got no .* and 2 more and an unexpected .* and 14 more"
     ):
-        to_native(weights, config, "large_fused")
+        to_native(weights, config, "xlstm-large-fused", shapes)
     wrong = {**weights, "lm_head.weight": torch.zeros(3, 64)}
     with pytest.raises(ValueError, match=r"lm_head.weight must have shape \[99, 64\], got lm_head.weight \[3, 64\]"):
-        to_native(wrong, config, "large")
+        to_native(wrong, config, "xlstm-large", shapes)
     q, v = "backbone.blocks.0.mlstm_layer.q.weight", "backbone.blocks.0.mlstm_layer.v.weight"
     with pytest.raises(ValueError, match=r"qkvo_proj.weight must have shape .*q.weight \[64, 64\], "):
-        to_native({**weights, q: weights[v], v: weights[q]}, config, "large")  # as many rows, but not the same
+        to_native(
+            {**weights, q: weights[v], v: weights[q]}, config, "xlstm-large", shapes
+        )  # as many rows, but not the same
     state = model.state_dict()
     state["score.weight"] = state.pop("model.norm.weight")
     with pytest.raises(ValueError, match="got no model.norm.weight and an unexpected score.weight"):
-        from_native(state, config, "large")
+        from_native(state, config, "xlstm-large", shapes)
     with pytest.raises(ValueError, match=r"model.norm.weight must have shape \[64\], got \[3\]"):
-        from_native({**model.state_dict(), "model.norm.weight": torch.zeros(3)}, config, "large")
-    with pytest.raises(ValueError, match="mlstm_block must be 'pre_up' in the layout paper_cuda, got 'post_up'"):
-        from_native(model.state_dict(), config, "paper_cuda")
-    with pytest.raises(ValueError, match=r"The layout large has no place for model.layers.0.ffn.down_proj.weight, "):
-        from_native({}, XLSTMConfig(hidden_size=64, num_hidden_layers=1, vocab_size=9, block_types=["slstm"]), "large")
+        from_native({**model.state_dict(), "model.norm.weight": torch.zeros(3)}, config, "xlstm-large", shapes)
+    with pytest.raises(ValueError, match="mlstm_block must be 'pre_up' in the format xlstm-paper-cuda, got 'post_up'"):
+        from_native(model.state_dict(), config, "xlstm-paper-cuda", shapes)
+    with pytest.raises(ValueError, match="block_types must hold 'mlstm' only in the format xlstm-large, got 'slstm'"):
+        from_native(
+            {},
+            XLSTMConfig(hidden_size=64, num_hidden_layers=1, vocab_size=9, block_types=["slstm"]),
+            "xlstm-large",
+            shapes,
+        )
     biased = native("transformers_own_bias")
     state = {**biased.state_dict(), "model.norm.bias": torch.ones(64)}
     with pytest.raises(ValueError, match="model.norm.bias must be zero: the origin has no bias in its final norm"):
-        from_native(state, biased.config, "transformers")
+        from_native(state, biased.config, "transformers", weight_shapes(biased.config))

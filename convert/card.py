@@ -1,0 +1,99 @@
+"""The card of a converted checkpoint."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+import modeling_xlstm
+
+from .errors import ConversionError
+
+
+if TYPE_CHECKING:
+    from .conversion import Conversion
+
+ORIGINS = {
+    "native": "`modeling_xlstm`",
+    "transformers": "Transformers' own xLSTM",
+    "transformers-fused": "Transformers' own xLSTM, with fused weights",
+    "xlstm-large": "`xLSTMLarge` of the package `xlstm`",
+    "xlstm-large-fused": "`xLSTMLarge` of the package `xlstm`, with fused weights",
+    "xlstm-paper": "`xLSTMLMModel` of the package `xlstm`",
+    "xlstm-paper-cuda": "`xLSTMLMModel` of the package `xlstm`, with the weights of its CUDA sLSTM",
+}
+USE = {
+    "native": """With the package `modeling_xlstm` installed:
+
+```python
+import modeling_xlstm
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+```
+
+Without it, `AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)` runs the copy of its code
+(Apache-2.0) that is here.
+""",
+    "transformers": """```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+```
+
+After `import modeling_xlstm`, the same line gives the faster and exact model of that package.
+""",
+    "xlstm-large": """```python
+from xlstm.xlstm_large.from_pretrained import load_from_pretrained
+
+model = load_from_pretrained("{name}")
+```
+""",
+    "xlstm-large-fused": "Build `xLSTMLarge` from `config.yaml` and load the weights into it as a state dict.\n",
+    "xlstm-paper": "Build `xLSTMLMModel` from `config.yaml` and load the weights into it as a state dict.\n",
+}
+USE["xlstm-paper-cuda"] = USE["xlstm-paper"]
+
+
+def model_card(conversion: Conversion, name: str) -> str:
+    """The text of README.md for the checkpoint `name`: what it is, where it comes from, and how to load it.
+
+    The licence, languages and the like are those of the card of the source, whose text follows.
+    """
+    source, config = conversion.source, conversion.config
+    data: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["xlstm"]}
+    original = None
+    if path := source.file("README.md"):
+        try:
+            original = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+        except (OSError, ValueError) as error:
+            raise ConversionError(f"The card {path} cannot be read: {' '.join(str(error).split())}") from error
+        data = {**original.data.to_dict(), **data, "tags": sorted({"xlstm", *(original.data.get("tags") or [])})}
+    if source.repo:
+        data["base_model"] = source.repo
+    if conversion.to not in ("native", "transformers"):
+        del data["library_name"]
+
+    kinds = config.block_types or []
+    mlstm, slstm = kinds.count("mlstm"), kinds.count("slstm")
+    divisor = math.gcd(mlstm, slstm)
+    at = f", sLSTM at {[i for i, kind in enumerate(kinds) if kind == 'slstm']}" if mlstm and slstm else ""
+    rows = {
+        "architecture": f"xLSTM[{mlstm // divisor}:{slstm // divisor}]{at}",
+        "blocks": f"{len(kinds)}, of width {config.hidden_size}",
+        "parameters": f"{conversion.parameters:,}",
+        "vocabulary": f"{config.vocab_size:,}",
+        "weights": f"{str(config.dtype).removeprefix('torch.')}, {conversion.shards.size:,} bytes",
+        "format": ORIGINS[conversion.to],
+        "converted from": f"the format of {ORIGINS[source.fmt]}" + (f", `{source.repo}`" if source.repo else ""),
+        "by": f"`modeling_xlstm` {modeling_xlstm.__version__}; nothing is added, scaled or rounded"
+        + (f" but to {str(conversion.dtype).removeprefix('torch.')}" if conversion.dtype else ""),
+    }
+    table = "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
+    notes = "".join(f"- {note}\n" for note in conversion.notes)
+    body = f"# {name}\n\n{table}\n\n{notes}\n## Use\n\n{USE[conversion.to].format(name=name)}"
+    if original is not None and original.text.strip():
+        body += f"\n## Card of the source\n\n{original.text.strip()}\n"
+    return f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n{body}"
