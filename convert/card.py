@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 import modeling_xlstm
 
-from .errors import ConversionError
+from .errors import ConversionError, one_line
 
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def model_card(conversion: Conversion, name: str) -> str:
         try:
             original = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
         except (OSError, ValueError) as error:
-            raise ConversionError(f"The card {path} cannot be read: {' '.join(str(error).split())}") from error
+            raise ConversionError(f"The card {path} cannot be read: {one_line(error)}") from error
         data = {**original.data.to_dict(), **data, "tags": sorted({"xlstm", *(original.data.get("tags") or [])})}
     if source.repo:
         data["base_model"] = source.repo

@@ -23,12 +23,13 @@ from modeling_xlstm.checkpoint_xlstm import (
     read_rows,
     write_rows,
 )
+from modeling_xlstm.checks import is_finite
 from modeling_xlstm.configuration_formats import fields_to
 from modeling_xlstm.modeling_xlstm import weight_shapes
 
 from .card import model_card
 from .destination import Shards
-from .errors import ConversionError
+from .errors import ConversionError, one_line
 from .remote_code import AUTO_MAP, code_files
 from .source import TOKENIZER_FILES, Source, read_json
 
@@ -77,7 +78,10 @@ class Conversion:
         if self.to == "native":
             for path in code_files():
                 shutil.copyfile(path, folder / path.name)
-        (folder / "README.md").write_text(model_card(self, name), encoding="utf-8")
+        card = folder / "README.md"
+        card.write_text(model_card(self, name), encoding="utf-8")
+        for file in self.shards.files:  # which safetensors lets nobody else read
+            shutil.copymode(card, folder / file)
 
     def write_config(self, folder: Path) -> None:
         """Writes the configuration as the code of the format reads it, and how to generate."""
@@ -90,7 +94,7 @@ class Conversion:
             text = yaml.safe_dump(fields_to(self.config, self.to), sort_keys=False)
             (folder / "config.yaml").write_text(text, encoding="utf-8")
         if self.to in HUB_FORMATS:
-            self.generation.save_pretrained(folder)
+            self.generation.to_json_file(folder / "generation_config.json")  # save_pretrained judges what it saves
 
     @property
     def parameters(self) -> int:
@@ -108,19 +112,20 @@ def prepare(source: Source, to: str, dtype: torch.dtype | None, max_shard_size: 
     try:
         config = read_model_config(source, notes)
         shapes = weight_shapes(config)
-        native = read_rows(source.meta, config, source.fmt, shapes)
-        target = dict(write_rows(cast(native, dtype, to, config), config, to, shapes))
+    except (StrictDataclassError, ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
+        cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+        raise ConversionError(f"The configuration must be that of an xLSTM: {one_line(cause)}") from error
+    try:
         if to != "native":
             fields_to(config, to)
+        native = read_rows(source.meta, config, source.fmt, shapes)
+        target = dict(write_rows(cast(native, dtype, to, config), config, to, shapes))
     except WeightNamesError as error:
         details = [f"missing in the source: {name}" for name in sorted(error.missing)]
         details += [f"left over in the source: {name}" for name in sorted(error.unexpected)]
         raise ConversionError(str(error), details) from error
-    except StrictDataclassError as error:
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise ConversionError(f"The configuration must be that of an xLSTM: {reason}") from error
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ConversionError(" ".join(str(error).split())) from error
+    except ValueError as error:
+        raise ConversionError(one_line(error)) from error
     tokenizer = read_tokenizer(source)
     config.dtype = target[embedding_name(to)].dtype
     config.architectures = ["XLSTMForCausalLM"]
@@ -147,7 +152,7 @@ def cast(
 def finite(native: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """The weights as they are. Raises ConversionError at the first that holds NaN or infinity."""
     for name, weight in native:
-        if not torch.isfinite(weight).all():
+        if not is_finite(weight):
             raise ConversionError(f"All weights must be finite, got NaN or infinity in what becomes {name}.")
         yield name, weight
 
@@ -182,8 +187,7 @@ def read_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
     try:
         return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise ConversionError(f"The tokenizer in {source.folder} cannot be read: {reason}") from error
+        raise ConversionError(f"The tokenizer in {source.folder} cannot be read: {one_line(error)}") from error
 
 
 def read_generation(
@@ -196,7 +200,7 @@ def read_generation(
         try:
             generation = GenerationConfig(**{**tokens, **read_json(path)})
         except (ValueError, TypeError) as error:
-            raise ConversionError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+            raise ConversionError(f"{path} cannot be read: {one_line(error)}") from error
     if tokenizer is None:
         notes.append(f"There is no tokenizer: eos_token_id {generation.eos_token_id} is that of the source.")
         return generation

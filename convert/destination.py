@@ -10,11 +10,12 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .errors import ConversionError
+from .errors import ConversionError, one_line
 
 
 LOCK = ".lock"
@@ -123,7 +124,10 @@ class Shards:
                 shard = waiting.setdefault(file, {})
                 shard[name] = weight
                 if len(shard) == len(self.files[file]):
-                    save_file(waiting.pop(file), folder / file, metadata={"format": "pt"})
+                    try:
+                        save_file(waiting.pop(file), folder / file, metadata={"format": "pt"})
+                    except SafetensorError as error:  # the disk is full, for one
+                        raise ConversionError(f"{file} cannot be written: {one_line(error)}.") from error
                     with (folder / file).open("rb") as written:
                         os.fsync(written.fileno())
                 bar.update(weight.nbytes)

@@ -3,14 +3,12 @@
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-from .errors import ConversionError
+from .errors import HUB_ERRORS, ConversionError, one_line
 
 
 # Files of an earlier upload that would be read in place of the new ones.
 REPLACED = ["*.safetensors", "*.bin", "*.index.json", "config.json", "config.yaml", "*.py"]
-HUB_ERRORS = (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled)
 
 
 def push(folder: Path, repo: str) -> str:
@@ -26,9 +24,9 @@ def push(folder: Path, repo: str) -> str:
         api.upload_folder(
             folder_path=folder, repo_id=repo, commit_message="Upload xLSTM", delete_patterns=list(REPLACED)
         )
-    except (*HUB_ERRORS, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+    except HUB_ERRORS as error:
         raise ConversionError(
-            f"The checkpoint is in {folder}, but could not be pushed to {repo}: {reason}; try again with `hf upload`."
+            f"The checkpoint is in {folder}, but could not be pushed to {repo} (`hf upload` can try again): "
+            f"{one_line(error)}"
         ) from error
     return f"{api.endpoint}/{repo}"

@@ -15,13 +15,12 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from modeling_xlstm.checkpoint_xlstm import detect
 
-from .errors import ConversionError
+from .errors import HUB_ERRORS, ConversionError, one_line
 
 
 STATE_DICTS = (".bin", ".pt", ".pth", ".ckpt")
@@ -102,10 +101,9 @@ def download(repo: str) -> Path:
         if not any(folder.glob("*.safetensors")):
             snapshot_download(repo, allow_patterns=[f"*{suffix}" for suffix in STATE_DICTS])
         return folder
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except HUB_ERRORS as error:
         raise ConversionError(
-            f"The source must be a folder or a repository on the Hub, got {repo}, which is no folder here: {reason}"
+            f"The source must be a folder or a repository on the Hub, got {repo}, no folder here: {one_line(error)}"
         ) from error
 
 
@@ -140,7 +138,7 @@ def _read_object(path: Path, parse: Callable[[str], Any], error_class: type[Exce
     try:
         value = parse(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, RecursionError, error_class) as error:
-        raise ConversionError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        raise ConversionError(f"{path} cannot be read: {one_line(error)}") from error
     if not isinstance(value, dict):
         raise ConversionError(f"{path} must hold a mapping of names to values, got {type(value).__name__}.")
     return value

@@ -33,7 +33,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .backends import READS_ON_IN_PIECES, resolve
 from .cache_xlstm import LayerState, XLSTMCache
 from .checkpoint_xlstm import from_native
-from .checks import check_float, check_sequence
+from .checks import check_float, check_sequence, is_finite
 from .configuration_formats import fields_to
 from .configuration_xlstm import XLSTMConfig
 from .fused import causal_lm_loss, soft_cap
@@ -137,7 +137,7 @@ class XLSTMPreTrainedModel(PreTrainedModel):
         for name, weight in model.named_parameters():
             # quantised ones are of other classes, which may not know isfinite
             checked = type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta
-            if checked and not torch.isfinite(weight).all():
+            if checked and weight.numel() and not is_finite(weight):
                 raise ValueError(f"All weights of a checkpoint must be finite, got NaN or infinity in {name}.")
         return result
 
