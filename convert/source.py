@@ -6,6 +6,7 @@ Weights are read one by one when they are asked for. `Source.weights` is a mappi
 
 import json
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -239,7 +240,9 @@ def read_state_dicts(folder: Path, files: list[str]) -> tuple[Mapping[str, Tenso
     for file in files:
         path = inside(folder, folder / file)
         try:
-            state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            with warnings.catch_warnings():  # about old pickles, which load or are refused all the same
+                warnings.simplefilter("ignore", UserWarning)
+                state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConversionError(

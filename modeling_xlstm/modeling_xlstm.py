@@ -165,12 +165,13 @@ class XLSTMPreTrainedModel(PreTrainedModel):
             raise ValueError(f"Transformers' format is that of a language model, got {type(self).__name__}.")
         if push_to_hub:
             raise ValueError("save_original_format=True saves to a directory only, got push_to_hub=True.")
+        fields = fields_to(self.config, "transformers")
         native = self.state_dict() if state_dict is None else state_dict
         origin = from_native(native, self.config, "transformers", weight_shapes(self.config))
         super().save_pretrained(save_directory, state_dict=origin, **common)
         if is_main_process:
-            text = json.dumps(fields_to(self.config, "transformers"), indent=2)
-            Path(save_directory, "config.json").write_text(text + "\n", encoding="utf-8")
+            fields["dtype"] = str(self.dtype).removeprefix("torch.")
+            Path(save_directory, "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
     def set_backend(self, backend: str) -> None:
         """Selects the kernels of every layer: `"auto"`, `"torch"` or `"triton"`; raises if they cannot run here."""
