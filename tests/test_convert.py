@@ -4,58 +4,33 @@ import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import yaml
 from models import random_ids, tiny_model
-from peers import Peer, in_transformers, large, paper
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from peers import in_transformers, large, paper
 from transformers import AutoModelForCausalLM
 
+from checkpoints import (
+    ORIGINS,
+    assert_same_logits,
+    assert_same_weights,
+    like_trained,
+    save,
+    text,
+    weights,
+)
 from convert.__main__ import EXAMPLES, build_parser, main
 from convert.source import open_source
 from convert.verify import logits
-from modeling_xlstm import XLSTMConfig, XLSTMForCausalLM, XLSTMModel
+from modeling_xlstm import XLSTMForCausalLM
 from modeling_xlstm.checkpoint_xlstm import LAYOUTS
 
 
 NEEDS_KERNELS = pytest.mark.skipif(sys.version_info < (3, 11), reason="mlstm_kernels needs Python 3.11")
 LARGE = ("transformers", "xlstm-large", "xlstm-large-fused")
 PAPER = ("xlstm-paper", "xlstm-paper-cuda")
-
-# As their origins save them, with every parameter random.
-ORIGINS: dict[str, tuple[Callable[..., Peer], dict[str, Any]]] = {
-    "paper": (paper, {"blocks": 3, "slstm_at": [1]}),
-    "paper_mlstm": (paper, {}),
-    "paper_slstm": (paper, {"slstm_at": "all"}),
-    "paper_cuda": (paper, {"blocks": 3, "slstm_at": [0, 2], "backend": "cuda", "slstm_heads": 2}),
-    "paper_tied": (paper, {"slstm_at": [1], "tie_weights": True}),
-    "paper_bias": (paper, {"slstm_at": [1], "bias": True, "ffn": {"bias": True}}),
-    "paper_no_ffn": (paper, {"slstm_at": [1], "ffn": None, "add_post_blocks_norm": False}),
-    "paper_48_blocks": (paper, {"blocks": 48, "slstm_at": [3, 20, 47]}),
-    "large": (large, {}),
-    "large_bias": (large, {"use_bias": True}),
-    "large_fused": (large, {"weight_mode": "fused"}),
-    "large_fused_12_blocks": (large, {"weight_mode": "fused", "blocks": 12, "hidden": 48}),
-    "large_fused_32_blocks": (large, {"weight_mode": "fused", "blocks": 32, "hidden": 56}),
-    "large_48_blocks": (large, {"blocks": 48, "hidden": 48}),
-    "large_sigmoid": (
-        large,
-        {"chunkwise_kernel": "parallel--native_siging_autograd", "mode": "train", "return_last_states": False},
-    ),
-    "large_no_caps_no_norm": (
-        large,
-        {"add_out_norm": False, "gate_soft_cap": None, "output_logit_soft_cap": None, "norm_eps": 1e-5},
-    ),
-    "transformers": (in_transformers, {"which": "own"}),
-    "transformers_bias": (in_transformers, {"which": "own", "use_bias": True}),
-    "transformers_odd_width": (in_transformers, {"which": "own", "hidden": 96, "heads": 3, "blocks": 3}),
-}
 
 
 def cases(*names: str) -> list:
@@ -83,58 +58,6 @@ def run(capsys: pytest.CaptureFixture):
         return out
 
     return call
-
-
-def save(origin: Peer, folder: Path) -> Path:
-    """The checkpoint of a peer, as its own code would leave it."""
-    if origin.fmt == "transformers":
-        origin.model.save_pretrained(folder)  # type: ignore[operator]
-        return folder
-    folder.mkdir()
-    state_dict = {name: weight.clone() for name, weight in origin.model.state_dict().items()}
-    save_file(state_dict, folder / "model.safetensors")
-    (folder / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(origin.config)), encoding="utf-8")
-    return folder
-
-
-@torch.no_grad()
-def like_trained(model: nn.Module, blocks: int) -> None:
-    """Weights still random, but as training starts from and keeps them: a deep stack that does not magnify rounding.
-
-    What a block adds shrinks with the depth, and input gates are nearly closed, so that no normaliser is near zero.
-    """
-    for name, parameter in model.named_parameters():
-        if "proj_down" in name or "out_proj" in name:
-            parameter.mul_((2 * blocks) ** -0.5)
-        if name.endswith("igate_preact.bias"):
-            parameter.sub_(10)
-        if name.endswith("ifgate_preact.bias"):  # [i | f]
-            parameter[: len(parameter) // 2].sub_(10)
-
-
-def weights(folder: Path) -> dict[str, Tensor]:
-    """All weights of a converted checkpoint."""
-    files = sorted(folder.glob("*.safetensors"))
-    return {name: weight for file in files for name, weight in load_file(file).items()}
-
-
-def text() -> Tensor:
-    """Token ids, one of the texts of `test_parity`, in which no head's normaliser nearly vanishes."""
-    return torch.randint(0, 99, (2, 17), generator=torch.Generator().manual_seed(70))
-
-
-def assert_same_weights(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for name, weight in expected.items():
-        assert actual[name].dtype == weight.dtype
-        assert torch.equal(actual[name], weight), name
-
-
-def assert_same_logits(actual: Tensor, expected: Tensor, bound: float = 1e-5) -> None:
-    assert actual.shape == expected.shape
-    assert torch.isfinite(actual).all()
-    error = ((actual - expected).abs().max() / expected.abs().max()).item()
-    assert error <= bound, f"differs by {error:.1e} of the largest value, allowed {bound:.0e}"
 
 
 @torch.no_grad()
@@ -328,101 +251,3 @@ def test_every_format_has_its_words_in_the_card(fmt):
 def test_the_examples_of_the_help_are_valid(line):
     assert line.startswith("  python -m convert ")
     build_parser().parse_args(line.split()[3:])
-
-
-# What Transformers' own format asks of from_pretrained, without a conversion.
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("name", ["transformers", "transformers_bias", "transformers_odd_width"])
-def test_checkpoints_of_transformers_load_as_they_are(name, fused, tmp_path):
-    build, fields = ORIGINS[name]
-    origin = build(**fields)
-    folder = save(origin, tmp_path / "origin")
-    if fused:
-        save_file(fuse(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
-    published = {
-        "model_type": "xlstm", "architectures": ["xLSTMForCausalLM"], "vocab_size": 99, "torch_dtype": "float32",
-        "embedding_dim": origin.config.hidden_size, "num_blocks": origin.config.num_hidden_layers,
-        "num_heads": origin.config.num_heads, "use_bias": origin.config.use_bias,
-        "chunkwise_kernel": "chunkwise--triton_xl_chunk", "sequence_kernel": "native_sequence__triton",
-        "step_kernel": "triton", "mode": "inference", "weight_mode": "single", "add_qk_norm": False,
-        "add_post_blocks_norm": True, "igate_bias_init_range": -10, "force_bos_token_insert": True,
-        "mlstm_round_up_to_multiple_of": 64, "head_dim": 32, "cell_norm_eps": 1e-6,
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(published), encoding="utf-8")
-    ids = text()
-    for loader in (AutoModelForCausalLM, XLSTMForCausalLM):
-        model, info = loader.from_pretrained(folder, output_loading_info=True)
-        assert type(model) is XLSTMForCausalLM and not any(info.values())
-        assert_same_logits(model(ids).logits, origin.logits(ids))
-        assert model.config.eos_token_id == 2
-    bare = XLSTMModel.from_pretrained(folder)
-    assert torch.equal(bare(ids).last_hidden_state, model.model(ids).last_hidden_state)
-
-
-def fuse(single: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights as `xLSTMLarge` fuses them."""
-    fused = dict(single)
-    groups = {
-        "mlstm_layer.qkv_opreact": ["mlstm_layer.q", "mlstm_layer.k", "mlstm_layer.v", "mlstm_layer.ogate_preact"],
-        "mlstm_layer.ifgate_preact": ["mlstm_layer.igate_preact", "mlstm_layer.fgate_preact"],
-        "ffn.proj_up_gate_z": ["ffn.proj_up_gate", "ffn.proj_up"],
-    }
-    blocks = {name.split(".")[2] for name in single if name.startswith("backbone.blocks.")}
-    for block, (new, old), kind in itertools.product(blocks, groups.items(), ("weight", "bias")):
-        names = [f"backbone.blocks.{block}.{part}.{kind}" for part in old]
-        if names[0] in fused:
-            fused[f"backbone.blocks.{block}.{new}.{kind}"] = torch.cat([fused.pop(part) for part in names])
-    return fused
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["transformers", "transformers_bias", "transformers_odd_width"])
-def test_save_pretrained_writes_the_format_of_transformers_when_asked_to(name, tmp_path):
-    build, fields = ORIGINS[name]
-    origin = build(**fields)
-    folder = save(origin, tmp_path / "origin")
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    model.save_pretrained(tmp_path / "theirs", save_original_format=True)
-    assert_same_weights(weights(tmp_path / "theirs"), weights(folder))
-    again = type(origin.model).from_pretrained(tmp_path / "theirs")
-    ids = random_ids(2, 17)
-    assert torch.equal(again(ids, use_cache=False).logits, origin.logits(ids))
-    model.save_pretrained(tmp_path / "ours")
-    assert json.loads((tmp_path / "ours" / "config.json").read_text(encoding="utf-8"))["model_type"] == "xlstm_lm"
-    assert_same_weights(weights(tmp_path / "ours"), model.state_dict())
-
-
-@torch.no_grad()
-def test_save_pretrained_writes_both_weights_of_a_tied_model_for_transformers(tmp_path):
-    """Its own xLSTM does not tie, and would start from a random projection."""
-    model = tiny_model("post_up", hidden_size=64, tie_word_embeddings=True)
-    model.save_pretrained(tmp_path, save_original_format=True)
-    written = weights(tmp_path)
-    assert torch.equal(written["lm_head.weight"], written["backbone.embeddings.weight"])
-
-
-@pytest.mark.parametrize(
-    ("make", "options", "message"),
-    [
-        (lambda: tiny_model("pre_up_slstm"), {}, "mlstm_block must be 'post_up' in the format transformers"),
-        (lambda: tiny_model("post_up", mlstm_input_gate="sigmoid"), {}, "mlstm_input_gate must be 'exp' in the format"),
-        (lambda: tiny_model("post_up", gate_soft_cap=None), {}, "gate_soft_cap must be a number in the format"),
-        (lambda: tiny_model("post_up", cls=XLSTMModel), {}, "that of a language model, got XLSTMModel"),
-        (lambda: tiny_model("post_up"), {"push_to_hub": True}, "to a directory only, got push_to_hub=True"),
-    ],
-)
-def test_what_transformers_cannot_express_is_not_saved_for_it(make, options, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        make().save_pretrained(tmp_path / "to", save_original_format=True, **options)
-    assert not (tmp_path / "to").exists()
-
-
-def test_an_adapted_configuration_of_transformers_keeps_what_is_not_about_kernels():
-    fields = {"model_type": "xlstm", "embedding_dim": 64, "num_blocks": 2, "num_heads": 2, "vocab_size": 99}
-    labels = {"0": "bad", "1": "fair", "2": "good"}
-    config = XLSTMConfig.from_dict({**fields, "id2label": labels, "torch_dtype": "bfloat16", "author": "me"})
-    assert (config.num_labels, config.id2label[2], config.dtype, config.author) == (3, "good", torch.bfloat16, "me")
-    assert (config.hidden_size, config.num_hidden_layers, config.model_type) == (64, 2, "xlstm_lm")
