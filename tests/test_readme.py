@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from convert.__main__ import build_parser as build_convert_parser
 from modeling_xlstm import XLSTMConfig, count_parameters
 from modeling_xlstm.__main__ import build_parser
 
@@ -54,6 +55,8 @@ def test_the_commands_exist():
             assert set(argv) <= set(targets), line
         elif argv[:2] == ["-m", "modeling_xlstm"]:
             build_parser().parse_args(argv[2:])
+        elif argv[:2] == ["-m", "convert"]:
+            build_convert_parser().parse_args(argv[2:])
         else:
             assert argv[0] == "-m" and (ROOT / f"{argv[1].replace('.', '/')}.py").is_file(), line
 
