@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from modeling_xlstm.__main__ import Parser
+
 from .conversion import FORMATS, MAX_SHARD_SIZE, Conversion, prepare
 from .destination import check_new, new_folder
 from .errors import ConversionError
@@ -27,13 +29,6 @@ EXAMPLES = """examples:
   python -m convert run-17 published --config run-17/model.yaml --push-to-hub me/my-xlstm
 """
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def build_parser() -> argparse.ArgumentParser:

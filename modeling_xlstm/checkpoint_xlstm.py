@@ -15,7 +15,7 @@ Nothing is added, scaled or rounded: a round trip is exact to the bit. Which wei
 import dataclasses
 import re
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -160,12 +160,11 @@ class Row(NamedTuple):
     names: list[str]
 
 
-def rows_of(config: XLSTMConfig, fmt: str, native: Iterable[str]) -> list[Row]:
+def rows_of(config: XLSTMConfig, fmt: str, native: Collection[str]) -> list[Row]:
     """Where each of the weights `native` of an `XLSTMForCausalLM(config)` is in the format `fmt`.
 
     Raises ValueError if the format cannot hold such a model.
     """
-    native = list(native)
     if fmt == "native":
         return [Row(name, RENAME, [name]) for name in native]
     check_expressible(config, fmt)
@@ -277,6 +276,7 @@ def from_native(
 
     Raises ValueError if the format `fmt` cannot hold such a model, or a weight is missing, unexpected or misshapen.
     """
+    check_expressible(config, fmt)
     given = dict(state_dict)
     _tie(given, "model.embed_tokens.weight", config)
     _check_names(given, shapes.keys(), "The state dict of an XLSTMForCausalLM")

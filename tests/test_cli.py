@@ -24,19 +24,11 @@ from modeling_xlstm import XLSTMConfig, XLSTMForCausalLM, XLSTMPreTrainedModel, 
 from modeling_xlstm.__main__ import EXAMPLES, build_parser, main, state_bytes
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "checkpoints" / "xlstm-demo"
 PROMPT = "The class statement"
 SPEED = r"prefill \d+ tokens in [\d.]+ s \([\d.]+/s\)(, decode \d+ tokens in [\d.]+ s \([\d.]+/s\))?"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small are slower on more threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

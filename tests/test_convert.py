@@ -28,6 +28,7 @@ from modeling_xlstm import XLSTMForCausalLM
 from modeling_xlstm.checkpoint_xlstm import LAYOUTS
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NEEDS_KERNELS = pytest.mark.skipif(sys.version_info < (3, 11), reason="mlstm_kernels needs Python 3.11")
 LARGE = ("transformers", "xlstm-large", "xlstm-large-fused")
 PAPER = ("xlstm-paper", "xlstm-paper-cuda")
@@ -36,15 +37,6 @@ PAPER = ("xlstm-paper", "xlstm-paper-cuda")
 def cases(*names: str) -> list:
     """Origins by name, skipped where what they need cannot be installed."""
     return [pytest.param(name, marks=NEEDS_KERNELS if name.startswith("large") else ()) for name in names]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small are slower on more threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ from modeling_xlstm.checkpoint_xlstm import config_from, from_native, to_native
 from modeling_xlstm.modeling_xlstm import weight_shapes
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Length of a text: its seed. Where the normaliser of a head nearly vanishes, the norm after it magnifies the rounding
 # of both sides, in some texts by 100. Of these texts, both sides compute every case to 5e-6. In float64 any will do.
 TEXTS = {1: 39, 17: 70, 64: 51, 100: 54}
@@ -78,15 +80,6 @@ def runnable(*names: str) -> list:
     """Cases by name, skipped where what they need cannot be installed."""
     needs = ("large", "transformers_swapped")
     return [pytest.param(name, marks=NEEDS_KERNELS if name.startswith(needs) else ()) for name in names]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small are slower on more threads, by far on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @functools.cache
