@@ -15,10 +15,11 @@ from transformers.utils import logging
 
 from modeling_xlstm.__main__ import Parser
 
+from .card import model_card
 from .conversion import FORMATS, MAX_SHARD_SIZE, Conversion, prepare
 from .destination import check_new, new_folder
 from .errors import ConversionError
-from .publish import push
+from .publish import check_login, check_repo, push
 from .source import open_source
 from .verify import BOUND, check_installed, largest_difference
 
@@ -29,6 +30,14 @@ EXAMPLES = """examples:
   python -m convert run-17 published --config run-17/model.yaml --push-to-hub me/my-xlstm
 """
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def repository(text: str) -> str:
+    """An argparse type: the name of a repository on the Hub."""
+    try:
+        return check_repo(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be {error}") from None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,7 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--config", metavar="FILE", help="configuration of the source, where none is beside the weights")
     add("--max-shard-size", default=MAX_SHARD_SIZE, metavar="SIZE", help="of a file (%(default)s)")
     add("--verify", action="store_true", help="run the code of both formats and compare logits before DEST is made")
-    add("--push-to-hub", metavar="REPO", help="upload DEST to this repository, such as me/my-xlstm")
+    add("--push-to-hub", type=repository, metavar="REPO", help="upload DEST to this repository, such as me/my-xlstm")
+    add("--private", action="store_true", help="make that repository a private one, if it is new")
     add("--dry-run", action="store_true", help="check the source and say what would be written")
     return parser
 
@@ -73,14 +83,17 @@ def run(args: argparse.Namespace) -> None:
     source = open_source(args.source, args.config)
     dtype = DTYPES[args.dtype] if args.dtype else None
     conversion = prepare(source, args.to, dtype, args.max_shard_size)
+    card = model_card(conversion, args.push_to_hub or destination.resolve().name, args.push_to_hub)
     if args.verify:
         check_installed(source.fmt, args.to)
     describe(conversion, args.destination)
     if args.dry_run:
         return
+    if args.push_to_hub:
+        check_login()
     start = time.perf_counter()
     with new_folder(destination) as folder:
-        conversion.write(folder, args.push_to_hub or destination.name)
+        conversion.write(folder, card)
         if args.verify:
             difference, scale = largest_difference(source, folder)
             print(f"largest logit difference {difference:.2e}, {difference / scale:.1e} of the largest logit")
@@ -91,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
     seconds = time.perf_counter() - start
     print(f"done in {seconds:.1f} s")
     if args.push_to_hub:
-        print(f"pushed to {push(destination, args.push_to_hub)}")
+        print(f"pushed to {push(destination, args.push_to_hub, args.private)}")
 
 
 def main(argv: list[str] | None = None) -> int:

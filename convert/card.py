@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 import modeling_xlstm
@@ -45,10 +46,12 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 
 After `import modeling_xlstm`, the same line gives the faster and exact model of that package.
 """,
-    "xlstm-large": """```python
+    "xlstm-large": """With the files of this repository in a folder:
+
+```python
 from xlstm.xlstm_large.from_pretrained import load_from_pretrained
 
-model = load_from_pretrained("{name}")
+model = load_from_pretrained("path/of/the/folder")
 ```
 """,
     "xlstm-large-fused": "Build `xLSTMLarge` from `config.yaml` and load the weights into it as a state dict.\n",
@@ -57,21 +60,30 @@ model = load_from_pretrained("{name}")
 USE["xlstm-paper-cuda"] = USE["xlstm-paper"]
 
 
-def model_card(conversion: Conversion, name: str) -> str:
-    """The text of README.md for the checkpoint `name`: what it is, where it comes from, and how to load it.
+SOURCE_CARD = "\n## Card of the source\n\n"
+
+
+def model_card(conversion: Conversion, name: str, repo: str | None) -> str:
+    """The text of README.md for the checkpoint `name`, in the repository `repo`: what it is, its source, and its use.
 
     The licence, languages and the like are those of the card of the source, whose text follows.
+
+    Raises ConversionError if that card cannot be read.
     """
     source, config = conversion.source, conversion.config
     data: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["xlstm"]}
-    original = None
+    original = ""
     if path := source.file("README.md"):
         try:
-            original = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
-        except (OSError, ValueError) as error:
+            card = ModelCard(path.read_text(encoding="utf-8-sig"), ignore_metadata_errors=True)
+            of_source = card.data.to_dict()
+        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
             raise ConversionError(f"The card {path} cannot be read: {one_line(error)}") from error
-        data = {**original.data.to_dict(), **data, "tags": sorted({"xlstm", *(original.data.get("tags") or [])})}
-    if source.repo:
+        tags = of_source.get("tags") or []
+        tags = {str(tag) for tag in (tags if isinstance(tags, list) else [tags])}
+        data = {**of_source, **data, "tags": sorted({"xlstm", *tags})}
+        original = card.text.split(SOURCE_CARD)[-1].strip()  # of a card made here, the one that it had from its source
+    if source.repo and source.repo != repo:
         data["base_model"] = source.repo
     if conversion.to not in ("native", "transformers"):
         del data["library_name"]
@@ -94,6 +106,6 @@ def model_card(conversion: Conversion, name: str) -> str:
     table = "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
     notes = "".join(f"- {note}\n" for note in conversion.notes)
     body = f"# {name}\n\n{table}\n\n{notes}\n## Use\n\n{USE[conversion.to].format(name=name)}"
-    if original is not None and original.text.strip():
-        body += f"\n## Card of the source\n\n{original.text.strip()}\n"
+    if original:
+        body += f"{SOURCE_CARD}{original}\n"
     return f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n{body}"

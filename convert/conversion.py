@@ -27,7 +27,6 @@ from modeling_xlstm.checks import is_finite
 from modeling_xlstm.configuration_formats import fields_to
 from modeling_xlstm.modeling_xlstm import weight_shapes
 
-from .card import model_card
 from .destination import Shards
 from .errors import ConversionError, one_line
 from .remote_code import AUTO_MAP, code_files
@@ -63,8 +62,8 @@ class Conversion:
         native = finite(read_rows(self.source.weights, self.config, self.source.fmt, self.shapes))
         return write_rows(cast(native, self.dtype, self.to, self.config), self.config, self.to, self.shapes)
 
-    def write(self, folder: Path, name: str) -> None:
-        """Writes all files of the destination into an empty folder; its card calls it `name`."""
+    def write(self, folder: Path, card: str) -> None:
+        """Writes all files of the destination, with the text of its card, into an empty folder."""
         self.shards.write(self.weights(), folder)
         if index := self.shards.index:
             write_json(folder / "model.safetensors.index.json", index)
@@ -78,10 +77,10 @@ class Conversion:
         if self.to == "native":
             for path in code_files():
                 shutil.copyfile(path, folder / path.name)
-        card = folder / "README.md"
-        card.write_text(model_card(self, name), encoding="utf-8")
+        readme = folder / "README.md"
+        readme.write_text(card, encoding="utf-8")
         for file in self.shards.files:  # which safetensors lets nobody else read
-            shutil.copymode(card, folder / file)
+            shutil.copymode(readme, folder / file)
 
     def write_config(self, folder: Path) -> None:
         """Writes the configuration as the code of the format reads it, and how to generate."""

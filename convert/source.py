@@ -120,7 +120,7 @@ def inside(folder: Path, path: Path) -> Path:
     target = path.resolve()
     if not any(target.is_relative_to(root) for root in roots):
         raise ConversionError(f"All files of the source must be in {folder}, got {path.name}, which leads to {target}.")
-    return target
+    return path
 
 
 def read_json(path: Path) -> dict[str, Any]:

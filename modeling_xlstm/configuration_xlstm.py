@@ -156,7 +156,10 @@ class XLSTMConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
         """As in Transformers; the configuration of its own xLSTM is translated."""
-        return super().from_dict(_translated(config_dict), **kwargs)
+        fields = _translated(config_dict)
+        if cls._auto_class is None:  # not the code that came with the checkpoint, which is not saved with it either
+            fields = {key: value for key, value in fields.items() if key != "auto_map"}
+        return super().from_dict(fields, **kwargs)
 
     @classmethod
     def from_ratio(cls, ratio: str, **kwargs: Any) -> "XLSTMConfig":

@@ -9,10 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import random_ids, tiny_model
-from peers import in_transformers, large, paper
-from transformers import AutoModelForCausalLM
-
-from checkpoints import (
+from origins import (
     ORIGINS,
     assert_same_logits,
     assert_same_weights,
@@ -21,6 +18,9 @@ from checkpoints import (
     text,
     weights,
 )
+from peers import in_transformers, large, paper
+from transformers import AutoModelForCausalLM
+
 from convert.__main__ import EXAMPLES, build_parser, main
 from convert.source import open_source
 from convert.verify import logits

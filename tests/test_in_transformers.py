@@ -6,12 +6,12 @@ import json
 import pytest
 import torch
 from models import random_ids, tiny_model
+from origins import ORIGINS, assert_same_logits, assert_same_weights, save, text, weights
 from peers import in_transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
-from checkpoints import ORIGINS, assert_same_logits, assert_same_weights, save, text, weights
 from modeling_xlstm import XLSTMConfig, XLSTMForCausalLM, XLSTMModel
 
 
