@@ -21,7 +21,7 @@ from .destination import check_new, new_folder
 from .errors import ConversionError
 from .publish import check_login, check_repo, push
 from .source import open_source
-from .verify import BOUND, check_installed, largest_difference
+from .verify import BOUND, check_runnable, largest_difference
 
 
 EXAMPLES = """examples:
@@ -57,12 +57,12 @@ def build_parser() -> argparse.ArgumentParser:
         choices=DTYPES,
         help="of the weights, as in the source when omitted; gates of native models keep float32",
     )
-    add("--config", metavar="FILE", help="configuration of the source, where none is beside the weights")
+    add("--config", metavar="FILE", help="configuration of the source, in place of that beside the weights")
     add("--max-shard-size", default=MAX_SHARD_SIZE, metavar="SIZE", help="of a file (%(default)s)")
     add("--verify", action="store_true", help="run the code of both formats and compare logits before DEST is made")
     add("--push-to-hub", type=repository, metavar="REPO", help="upload DEST to this repository, such as me/my-xlstm")
     add("--private", action="store_true", help="make that repository a private one, if it is new")
-    add("--dry-run", action="store_true", help="check the source and say what would be written")
+    add("--dry-run", action="store_true", help="say what would be written, from headers and configurations alone")
     return parser
 
 
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     conversion = prepare(source, args.to, dtype, args.max_shard_size)
     card = model_card(conversion, args.push_to_hub or destination.resolve().name, args.push_to_hub)
     if args.verify:
-        check_installed(source.fmt, args.to)
+        check_runnable(conversion.config, source.fmt, args.to)
     describe(conversion, args.destination)
     if args.dry_run:
         return

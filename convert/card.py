@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 import modeling_xlstm
 
-from .errors import ConversionError, one_line
+from .errors import PARSER_ERRORS, ConversionError, one_line
 
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ def model_card(conversion: Conversion, name: str, repo: str | None) -> str:
         try:
             card = ModelCard(path.read_text(encoding="utf-8-sig"), ignore_metadata_errors=True)
             of_source = card.data.to_dict()
-        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        except PARSER_ERRORS as error:
             raise ConversionError(f"The card {path} cannot be read: {one_line(error)}") from error
         tags = of_source.get("tags") or []
         tags = {str(tag) for tag in (tags if isinstance(tags, list) else [tags])}

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
@@ -24,11 +23,11 @@ from modeling_xlstm.checkpoint_xlstm import (
     write_rows,
 )
 from modeling_xlstm.checks import is_finite
-from modeling_xlstm.configuration_formats import fields_to
+from modeling_xlstm.configuration_formats import fields_to, shown
 from modeling_xlstm.modeling_xlstm import weight_shapes
 
 from .destination import Shards
-from .errors import ConversionError, one_line
+from .errors import PARSER_ERRORS, ConversionError, one_line
 from .remote_code import AUTO_MAP, code_files
 from .source import TOKENIZER_FILES, Source, read_json
 
@@ -59,8 +58,12 @@ class Conversion:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The weights of the destination, computed from those of the source as they are asked for."""
-        native = finite(read_rows(self.source.weights, self.config, self.source.fmt, self.shapes))
-        return write_rows(cast(native, self.dtype, self.to, self.config), self.config, self.to, self.shapes)
+        native = read_rows(self.source.weights, self.config, self.source.fmt, self.shapes)
+        native = finite(cast(native, self.dtype, self.to, self.config))
+        try:
+            yield from write_rows(native, self.config, self.to, self.shapes)
+        except ValueError as error:  # about values, of which headers say nothing
+            raise ConversionError(one_line(error)) from error
 
     def write(self, folder: Path, card: str) -> None:
         """Writes all files of the destination, with the text of its card, into an empty folder."""
@@ -74,6 +77,10 @@ class Conversion:
         for found in self.source.folder.iterdir():
             if found.name.upper().startswith(("LICENSE", "NOTICE")) and (path := self.source.file(found.name)):
                 shutil.copyfile(path, folder / found.name)
+        for path in (self.source.folder / "additional_chat_templates").glob("*.jinja"):
+            if template := self.source.file(f"additional_chat_templates/{path.name}"):
+                (folder / "additional_chat_templates").mkdir(exist_ok=True)
+                shutil.copyfile(template, folder / "additional_chat_templates" / path.name)
         if self.to == "native":
             for path in code_files():
                 shutil.copyfile(path, folder / path.name)
@@ -108,20 +115,19 @@ def prepare(source: Source, to: str, dtype: torch.dtype | None, max_shard_size: 
     Raises ConversionError, in one sentence, if the source is not whole or the format `to` cannot express the model.
     """
     notes: list[str] = []
+    check_depth(source)
     try:
         config = read_model_config(source, notes)
         shapes = weight_shapes(config)
-    except (StrictDataclassError, ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
-        cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
-        raise ConversionError(f"The configuration must be that of an xLSTM: {one_line(cause)}") from error
+    except PARSER_ERRORS as error:
+        raise ConversionError(f"The configuration must be that of an xLSTM: {one_line(error)}") from error
     try:
-        if to != "native":
-            fields_to(config, to)
+        notes += lost_fields(config, to)
         native = read_rows(source.meta, config, source.fmt, shapes)
         target = dict(write_rows(cast(native, dtype, to, config), config, to, shapes))
     except WeightNamesError as error:
-        details = [f"missing in the source: {name}" for name in sorted(error.missing)]
-        details += [f"left over in the source: {name}" for name in sorted(error.unexpected)]
+        details = [f"missing in the source: {shown(name)}" for name in sorted(error.missing)]
+        details += [f"left over in the source: {shown(name)}" for name in sorted(error.unexpected)]
         raise ConversionError(str(error), details) from error
     except ValueError as error:
         raise ConversionError(one_line(error)) from error
@@ -131,9 +137,37 @@ def prepare(source: Source, to: str, dtype: torch.dtype | None, max_shard_size: 
     generation = read_generation(source, config, tokenizer, notes)
     try:
         shards = Shards(target, to, max_shard_size)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ConversionError(f"--max-shard-size must be a size such as 500MB, got {max_shard_size}.") from error
     return Conversion(source, to, config, dtype, shards, shapes, tokenizer, generation, notes)
+
+
+def check_depth(source: Source) -> None:
+    """Raises ConversionError if the configuration has more blocks than the weights: a stack that is not even built."""
+    found = {int(match[1]) for name in source.meta if (match := re.search(r"\.(?:blocks|layers)\.(\d+)\.", name))}
+    fields = [source.config.get(field) for field in ("num_blocks", "num_hidden_layers")]
+    blocks = next((value for value in fields if isinstance(value, int)), 0)
+    if blocks > len(found):
+        raise ConversionError(f"The weights must be those of {blocks} blocks, as many as configured, got {len(found)}.")
+
+
+def lost_fields(config: XLSTMConfig, to: str) -> list[str]:
+    """Sentences about the fields that come back as something else when what is written in the format `to` is read.
+
+    Raises ValueError if the format cannot express the model.
+    """
+    if to == "native":
+        return []
+    tokens = {f"{token}_token_id" for token in TOKENS}  # which may come from a tokenizer
+    again = config_from(fields_to(config, to), to)
+    values = {
+        name: (getattr(config, name), getattr(again, name)) for name in XLSTMConfig.__annotations__.keys() - tokens
+    }
+    return [
+        f"{name} is {value!r}, of which the format {to} knows nothing: it reads as {read!r}."
+        for name, (value, read) in sorted(values.items())
+        if value != read
+    ]
 
 
 def cast(
@@ -152,7 +186,9 @@ def finite(native: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]
     """The weights as they are. Raises ConversionError at the first that holds NaN or infinity."""
     for name, weight in native:
         if not is_finite(weight):
-            raise ConversionError(f"All weights must be finite, got NaN or infinity in what becomes {name}.")
+            raise ConversionError(
+                f"All weights must be finite in {weight.dtype}, got NaN or infinity in what becomes {name}."
+            )
         yield name, weight
 
 
@@ -183,10 +219,15 @@ def read_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
     found = [name for name in TOKENIZER_FILES if source.file(name)]
     if not {"tokenizer.json", "tokenizer_config.json"} & set(found):
         return None
+    refusal = f"The tokenizer in {source.folder} cannot be read"
     try:
         return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConversionError(f"The tokenizer in {source.folder} cannot be read: {one_line(error)}") from error
+    except PARSER_ERRORS as error:
+        raise ConversionError(f"{refusal}: {one_line(error)}") from error
+    except Exception as error:
+        if type(error) is Exception:  # all that the library behind tokenizer.json raises
+            raise ConversionError(f"{refusal}: {one_line(error)}") from error
+        raise
 
 
 def read_generation(
@@ -194,29 +235,38 @@ def read_generation(
 ) -> GenerationConfig:
     """How the source generates, with the special tokens of its tokenizer, which `config` gets too."""
     tokens = {f"{token}_token_id": getattr(config, f"{token}_token_id") for token in TOKENS}
-    generation = GenerationConfig(**tokens)
-    if path := source.file("generation_config.json"):
-        try:
-            generation = GenerationConfig(**{**tokens, **read_json(path)})
-        except (ValueError, TypeError) as error:
-            raise ConversionError(f"{path} cannot be read: {one_line(error)}") from error
+    path = source.file("generation_config.json")
+    settings = read_json(path) if path else {}
+    try:
+        generation = GenerationConfig(**{**tokens, **settings})
+        for token in TOKENS if tokenizer is not None else ():
+            take_token(f"{token}_token_id", token, tokenizer, generation, config, notes)
+        generation.to_json_string()
+    except PARSER_ERRORS as error:
+        what = path or "The special tokens of the tokenizer"
+        raise ConversionError(f"{what} cannot be used: {one_line(error)}") from error
     if tokenizer is None:
-        notes.append(f"There is no tokenizer: eos_token_id {generation.eos_token_id} is that of the source.")
-        return generation
-    for token in TOKENS:
-        field = f"{token}_token_id"
-        new, old = getattr(tokenizer, field), getattr(generation, field)
-        if new is None:
-            continue
-        if not (isinstance(old, list) and new in old):  # chat models may stop at several tokens
-            setattr(generation, field, new)
-        setattr(config, field, getattr(generation, field))
-        if token == "eos":
-            had = "" if old in (None, new) or isinstance(old, list) else f", not {old}, {_word(tokenizer, old)}"
-            notes.append(f"eos_token_id is {getattr(generation, field)}, the tokenizer's {_word(tokenizer, new)}{had}.")
-    if len(tokenizer) > config.vocab_size:
+        notes.append(f"There is no tokenizer to ask: eos_token_id stays {generation.eos_token_id}.")
+    elif len(tokenizer) > config.vocab_size:
         notes.append(f"The tokenizer has {len(tokenizer)} tokens, the model only {config.vocab_size}.")
     return generation
+
+
+def take_token(
+    field: str, token: str, tokenizer: Any, generation: GenerationConfig, config: XLSTMConfig, notes: list[str]
+) -> None:
+    """Sets a special token to that of the tokenizer, if it has one, and notes what it was."""
+    new, old = getattr(tokenizer, field), getattr(generation, field)
+    if new is None:
+        return
+    if not (isinstance(old, list) and new in old):  # chat models may stop at several tokens
+        setattr(generation, field, new)
+    kept = getattr(generation, field)
+    if old not in (None, kept) or token == "eos":
+        words = [f"{x}, {_word(tokenizer, x)}" for x in (old if isinstance(old, list) else [old])]
+        had = "" if old in (None, kept) else f", not {' or '.join(words)}"
+        notes.append(f"{field} is {kept}, the tokenizer's {_word(tokenizer, new)}{had}.")
+    setattr(config, field, kept)
 
 
 def _word(tokenizer: PreTrainedTokenizerBase, token: int) -> str:

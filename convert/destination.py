@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import os
 import secrets
 import shutil
@@ -30,13 +31,14 @@ def new_folder(destination: Path) -> Iterator[Path]:
 
     Raises ConversionError if the destination is not new or empty, before the block as after it.
     """
-    destination = Path(os.path.abspath(destination))
     check_new(destination)
+    destination = Path(os.path.abspath(destination))
     parent = destination.parent
     parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{destination.name}.partial-"
-    for left in parent.glob(f"{prefix}*"):
-        remove_abandoned(left, destination)
+    for left in parent.glob(f"{glob.escape(prefix)}*"):
+        if left.is_dir() and not left.is_symlink():
+            remove_abandoned(left, destination)
     folder = parent / f"{prefix}{secrets.token_hex(4)}"
     folder.mkdir()
     try:
@@ -44,8 +46,8 @@ def new_folder(destination: Path) -> Iterator[Path]:
             yield folder
             check_new(destination)
             sync(folder)
-            (folder / LOCK).unlink()
             os.replace(folder, destination)
+            (destination / LOCK).unlink()
         sync_folder(parent)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
@@ -56,11 +58,12 @@ def new_folder(destination: Path) -> Iterator[Path]:
 
 
 def check_new(destination: Path) -> None:
-    """Raises ConversionError unless the destination is missing or an empty folder."""
-    if destination.is_dir() and not any(destination.iterdir()):
-        return
-    if destination.exists() or destination.is_symlink():
-        raise ConversionError(f"The destination must not exist or be an empty folder, got {destination}.")
+    """Raises ConversionError unless the destination is missing or an empty folder, and not the one worked in."""
+    link, there = destination.is_symlink(), destination.exists()
+    if link or (there and not (destination.is_dir() and not any(destination.iterdir()))):
+        raise ConversionError(f"The destination must be new or an empty folder, got {destination}.")
+    if there and destination.samefile(Path.cwd()):  # it would be replaced under the feet of whoever stands there
+        raise ConversionError(f"The destination must not be the working directory, got {destination}.")
 
 
 def remove_abandoned(folder: Path, destination: Path) -> None:
@@ -69,6 +72,9 @@ def remove_abandoned(folder: Path, destination: Path) -> None:
         return
     try:
         with FileLock(folder / LOCK, timeout=0):
+            for path in folder.iterdir():
+                if path.name != LOCK:  # which tells that the rest may go, until the end
+                    path.unlink()
             shutil.rmtree(folder)
     except Timeout:
         raise ConversionError(f"Another conversion to {destination} is running; wait for its end.") from None

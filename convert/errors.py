@@ -1,13 +1,28 @@
 """What stops a conversion."""
 
+import pickle
+import struct
+import zipfile
 from collections.abc import Sequence
 
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+import yaml
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    StrictDataclassError,
+)
 
 
 # What talking to the Hub can raise; the base is that of the HTTP library, which differs from version to version.
 HUB_ERRORS: tuple[type[Exception], ...] = (
     HfHubHTTPError.__bases__[0], HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError, ValueError,
+)  # fmt: skip
+# What other libraries raise where a file is damaged or says what they did not expect.
+PARSER_ERRORS: tuple[type[Exception], ...] = (
+    OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
+    EOFError, struct.error, zipfile.BadZipFile, pickle.UnpicklingError, yaml.YAMLError, StrictDataclassError,
 )  # fmt: skip
 
 
@@ -20,5 +35,7 @@ class ConversionError(Exception):
 
 
 def one_line(error: BaseException) -> str:
-    """The message of another's error, whose lines are put in one."""
+    """The message of another's error, whose lines are put in one; of one about a configuration, of its cause."""
+    if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
+        error = error.__cause__
     return " ".join(str(error).split()) or type(error).__name__

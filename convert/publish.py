@@ -7,11 +7,12 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from .errors import HUB_ERRORS, ConversionError, one_line
+from .remote_code import code_files
 from .source import TOKENIZER_FILES
 
 
 # Files of an earlier checkpoint, beside its configuration, that would be read with or in place of the new ones.
-REPLACED = ("*.safetensors", "*.bin", "*.index.json", "config.json", "generation_config.json", "config.yaml", "*.py")
+REPLACED = ("*.safetensors", "*.bin", "*.index.json", "config.json", "generation_config.json", "config.yaml")
 
 
 def check_repo(repo: str) -> str:
@@ -43,8 +44,9 @@ def push(folder: Path, repo: str, private: bool) -> str:
     api = HfApi()
     try:
         api.create_repo(repo, exist_ok=True, private=private or None)
+        code = [path.name for path in code_files()]
         top = [name for name in api.list_repo_files(repo) if "/" not in name]
-        old = [name for name in top if any(fnmatch(name, pattern) for pattern in (*REPLACED, *TOKENIZER_FILES))]
+        old = [name for name in top if any(fnmatch(name, pattern) for pattern in (*REPLACED, *TOKENIZER_FILES, *code))]
         api.upload_folder(folder_path=folder, repo_id=repo, commit_message="Upload xLSTM", delete_patterns=old)
     except HUB_ERRORS as error:
         raise ConversionError(

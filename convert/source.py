@@ -1,11 +1,12 @@
 """The checkpoint to convert: its files, weights, configuration and format. Nothing in it is executed or trusted.
 
-Weights are read one by one when they are asked for. `Source.weights` is a mapping that loads on access, and
-`Source.shapes` comes from the headers alone.
+Weights are read one by one when they are asked for: `Source.weights` is a mapping that loads on access, and
+`Source.meta` comes from the headers alone.
 """
 
 import json
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -20,15 +21,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from modeling_xlstm.checkpoint_xlstm import detect
+from modeling_xlstm.configuration_formats import shown
 
-from .errors import HUB_ERRORS, ConversionError, one_line
+from .errors import HUB_ERRORS, PARSER_ERRORS, ConversionError, one_line
 
 
 STATE_DICTS = (".bin", ".pt", ".pth", ".ckpt")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "chat_template.jinja",
+    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
 )  # fmt: skip
 SMALL_FILES = ("*.json", "*.yaml", "*.yml", "*.md", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
 
@@ -98,9 +100,10 @@ def open_source(source: str, config: str | None = None) -> Source:
 def download(repo: str) -> Path:
     """The folder of a repository on the Hub, downloaded into the cache of `huggingface_hub` as far as it is of use."""
     try:
-        folder = Path(snapshot_download(repo, allow_patterns=[*SMALL_FILES, "*.safetensors"]))
+        options: Any = {"ignore_patterns": ["*/*", "optimizer*", "scheduler*", "rng_state*"]}
+        folder = Path(snapshot_download(repo, allow_patterns=[*SMALL_FILES, "*.safetensors"], **options))
         if not any(folder.glob("*.safetensors")):
-            snapshot_download(repo, allow_patterns=[f"*{suffix}" for suffix in STATE_DICTS])
+            snapshot_download(repo, allow_patterns=[f"*{suffix}" for suffix in STATE_DICTS], **options)
         return folder
     except HUB_ERRORS as error:
         raise ConversionError(
@@ -125,20 +128,29 @@ def inside(folder: Path, path: Path) -> Path:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ConversionError if there is none."""
-    return _read_object(path, json.loads, ValueError)
+    return _read_object(path, json.loads)
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """The configuration in a JSON or YAML file, in YAML of plain values only. Raises ConversionError if it is none."""
     if path.suffix == ".json":
         return read_json(path)
-    return _read_object(path, yaml.safe_load, yaml.YAMLError)
+    return _read_object(path, lambda text: yaml.load(text, _PlainLoader))
 
 
-def _read_object(path: Path, parse: Callable[[str], Any], error_class: type[Exception]) -> dict[str, Any]:
+class _PlainLoader(yaml.SafeLoader):
+    """YAML of plain values, in which 1e-6 is a number as in JSON."""
+
+
+_PlainLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _read_object(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     try:
         value = parse(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, RecursionError, error_class) as error:
+    except PARSER_ERRORS as error:
         raise ConversionError(f"{path} cannot be read: {one_line(error)}") from error
     if not isinstance(value, dict):
         raise ConversionError(f"{path} must hold a mapping of names to values, got {type(value).__name__}.")
@@ -183,6 +195,8 @@ def read_weights(folder: Path) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]
         return read_safetensors(folder, safe)
     if len(indexes) == 1:
         return read_indexed(folder, indexes[0])
+    if "pytorch_model.bin" in dicts:
+        return read_state_dicts(folder, ["pytorch_model.bin"])
     if len(dicts) == 1:
         return read_state_dicts(folder, dicts)
     got = f"several state dicts: {', '.join(dicts)}" if dicts else "no file of weights"
@@ -228,9 +242,12 @@ def read_safetensors(folder: Path, files: list[str]) -> tuple[Mapping[str, Tenso
             raise ConversionError(f"Each weight must be in one file, got {min(twice)} in {file} and in another.")
         for name, (shape, dtype) in found.items():
             if dtype not in DTYPES:
-                raise ConversionError(f"{name} must be of dtype {', '.join(DTYPES)}, got {dtype}.")
+                raise ConversionError(f"{shown(name)} must be of dtype {', '.join(DTYPES)}, got {dtype}.")
             paths[name] = path
-            meta[name] = torch.empty(shape, dtype=DTYPES[dtype], device="meta")
+            try:
+                meta[name] = torch.empty(shape, dtype=DTYPES[dtype], device="meta")
+            except (RuntimeError, TypeError) as error:
+                raise ConversionError(f"{shown(name)} in {file} has an impossible shape: {shape}.") from error
     return Weights(paths), meta
 
 
@@ -243,15 +260,18 @@ def read_state_dicts(folder: Path, files: list[str]) -> tuple[Mapping[str, Tenso
             with warnings.catch_warnings():  # about old pickles, which load or are refused all the same
                 warnings.simplefilter("ignore", UserWarning)
                 state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except pickle.UnpicklingError as error:
             raise ConversionError(
-                f"{file} must hold nothing but tensors, which is all that is loaded of a pickle; PyTorch says: {reason}"
+                f"{file} must hold nothing but tensors, which is all that is loaded of a pickle, got others."
             ) from error
+        except PARSER_ERRORS as error:
+            raise ConversionError(f"The weights in {file} cannot be read: {one_line(error)}") from error
         if not isinstance(state_dict, dict):
             raise ConversionError(
                 f"{file} must hold a state dict of names to tensors, got {type(state_dict).__name__}."
             )
+        if numbers := [name for name in state_dict if not isinstance(name, str)]:
+            raise ConversionError(f"{file} must hold a state dict of names to tensors, got the key {numbers[0]!r}.")
         if others := [name for name, x in state_dict.items() if not isinstance(x, Tensor)]:
             raise ConversionError(
                 f"{file} must hold a state dict of names to tensors, got {type(state_dict[others[0]]).__name__} under "
@@ -261,6 +281,7 @@ def read_state_dicts(folder: Path, files: list[str]) -> tuple[Mapping[str, Tenso
             raise ConversionError(f"Each weight must be in one file, got {min(twice)} in {file} and in another.")
         weights.update(state_dict)
     for name, weight in weights.items():
-        if weight.dtype not in DTYPES.values():
-            raise ConversionError(f"{name} must be of a floating dtype, got {weight.dtype}.")
+        if weight.dtype not in DTYPES.values() or weight.layout != torch.strided or weight.is_meta:
+            got = f"{weight.dtype}, {weight.layout}" + (", without values" if weight.is_meta else "")
+            raise ConversionError(f"{shown(name)} must be a dense tensor of a floating dtype, got {got}.")
     return weights, {name: torch.empty_like(weight, device="meta") for name, weight in weights.items()}

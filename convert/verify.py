@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modeling_xlstm import XLSTMForCausalLM
+from modeling_xlstm import XLSTMConfig, XLSTMForCausalLM
+from modeling_xlstm.checkpoint_xlstm import embedding_name
 
-from .errors import ConversionError
+from .conversion import read_model_config
+from .errors import PARSER_ERRORS, ConversionError, one_line
 from .source import Source, open_source
 
 
@@ -28,8 +30,8 @@ LENGTH = 64  # of the texts: one chunk
 BOUND = 1e-3
 
 
-def check_installed(*formats: str) -> None:
-    """Raises ConversionError if the code of one of the formats is not installed or cannot run here."""
+def check_runnable(config: XLSTMConfig, *formats: str) -> None:
+    """Raises ConversionError if the code of one of the formats is not installed or cannot run the model here."""
     for fmt in formats:
         packages = next((names for prefix, names in PACKAGES.items() if fmt.startswith(prefix)), ())
         for package in packages:
@@ -37,54 +39,70 @@ def check_installed(*formats: str) -> None:
                 raise ConversionError(f"--verify must have {package} to run the format {fmt}, which is not installed.")
         if fmt == "xlstm-paper-cuda" and not torch.cuda.is_available():
             raise ConversionError("--verify must have a GPU to run the CUDA sLSTM of the format xlstm-paper-cuda.")
+        if fmt.startswith(("transformers", "xlstm-large")) and config.mlstm_input_gate != "exp":
+            raise ConversionError(f"--verify must have exponential input gates to run the format {fmt}, got sigmoid.")
 
 
 def largest_difference(source: Source, folder: Path) -> tuple[float, float]:
     """The largest difference between the logits of `source` and of the checkpoint in `folder`; the largest logit.
 
     Both are computed in float32, each by the code of its own origin, on the same random tokens.
+
+    Raises ConversionError if the code of an origin cannot run its checkpoint.
     """
-    vocabulary = source.meta["lm_head.weight" if "lm_head.weight" in source.meta else "model.embed_tokens.weight"]
-    ids = torch.randint(0, len(vocabulary), (2, LENGTH), generator=torch.Generator().manual_seed(0))
-    expected = logits(source, ids)
-    actual = logits(open_source(str(folder)), ids)
+    vocabulary = len(source.meta[embedding_name(source.fmt)])
+    ids = torch.randint(0, vocabulary, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+    results = []
+    for checkpoint in (source, open_source(str(folder))):
+        try:
+            results.append(logits(checkpoint, ids))
+        except PARSER_ERRORS as error:
+            raise ConversionError(
+                f"The code of the format {checkpoint.fmt} cannot run it: {one_line(error)}"
+            ) from error
+    expected, actual = results
     return (actual - expected).abs().max().item(), expected.abs().max().item()
 
 
 @torch.no_grad()
 def logits(source: Source, ids: Tensor) -> Tensor:
     """Logits `[B, T, vocabulary]`, float32, of the tokens `ids` by the code that the format of `source` is made for."""
+    config = read_model_config(source, [])  # whose sizes are those of the weights
+    weights = dict(source.weights)
+    weights.setdefault("lm_head.weight", weights[embedding_name(source.fmt)])
     if source.fmt == "native":
-        model = XLSTMForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
-        return model(ids, use_cache=False).logits
-    build = _in_transformers if source.fmt.startswith("transformers") else _large
-    if source.fmt.startswith("xlstm-paper"):
-        build = _paper
-    model = build(source.config, source.fmt).float()
-    model.load_state_dict(source.weights)
+        model: nn.Module = XLSTMForCausalLM(config).float()
+    elif source.fmt.startswith("xlstm-paper"):
+        model = _paper(source.config, source.fmt).float()
+    else:
+        build = _in_transformers if source.fmt.startswith("transformers") else _large
+        widths = {field: getattr(config, field) for field in ("ffn_proj_factor", "ffn_round_up_to_multiple_of")}
+        model = build({**source.config, **widths}, source.fmt).float()
+    model.load_state_dict(weights)
+    if source.fmt in ("native", "transformers", "transformers-fused"):
+        return model.eval()(ids, use_cache=False).logits
     device = "cuda" if source.fmt == "xlstm-paper-cuda" else "cpu"
-    model.to(device).eval()
-    if source.fmt.startswith("transformers"):
-        return model(ids, use_cache=False).logits
-    return model(ids.to(device)).cpu()
+    return model.to(device).eval()(ids.to(device)).cpu()
 
 
-def _in_transformers(config: Mapping[str, Any], fmt: str) -> nn.Module:
+def _in_transformers(fields: Mapping[str, Any], fmt: str) -> nn.Module:
     from transformers import xLSTMConfig, xLSTMForCausalLM
     from transformers.initialization import no_init_weights
 
+    fields = {name: value for name, value in fields.items() if value is not None}
     kernels = {**NATIVE_KERNELS, "weight_mode": "fused" if fmt.endswith("fused") else "single"}
-    widths = {"hidden_size": config.get("hidden_size", config.get("embedding_dim", 4096))}
-    layers = {"num_hidden_layers": config.get("num_blocks", config.get("num_hidden_layers", 32))}
+    widths = {"hidden_size": fields.get("hidden_size", fields.get("embedding_dim", 4096))}
+    layers = {"num_hidden_layers": fields.get("num_blocks", fields.get("num_hidden_layers", 32))}
     with no_init_weights():  # which fails for fused weights
-        return xLSTMForCausalLM(xLSTMConfig(**{**config, **widths, **layers, **kernels}))
+        return xLSTMForCausalLM(xLSTMConfig(**{**fields, **widths, **layers, **kernels}))
 
 
-def _large(config: Mapping[str, Any], fmt: str) -> nn.Module:
+def _large(fields: Mapping[str, Any], fmt: str) -> nn.Module:
     from xlstm.xlstm_large.model import xLSTMLarge, xLSTMLargeConfig
 
+    own = {field.name for field in dataclasses.fields(xLSTMLargeConfig)}
     kernels = {**NATIVE_KERNELS, "weight_mode": "fused" if fmt.endswith("fused") else "single"}
-    return xLSTMLarge(xLSTMLargeConfig(**{**config, **kernels}))
+    return xLSTMLarge(xLSTMLargeConfig(**{**{k: v for k, v in fields.items() if k in own}, **kernels}))
 
 
 def _paper(config: Mapping[str, Any], fmt: str) -> nn.Module:

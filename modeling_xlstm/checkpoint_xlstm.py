@@ -197,10 +197,12 @@ def detect(shapes: Mapping[str, Sequence[int]]) -> str:
     names = {embedding_name(fmt): fmt for fmt in ("native", "transformers", "xlstm-large", "xlstm-paper")}
     found = [fmt for name, fmt in names.items() if name in shapes]
     if len(found) != 1:
-        raise ValueError(f"The weights must have one embedding named {' or '.join(names)}, got {listing(shapes)}.")
+        raise ValueError(
+            f"The weights must be those of a language model, with one of {', '.join(names)}, got {listing(shapes)}."
+        )
     if found == ["xlstm-paper"]:
-        R = next((shape for name, shape in shapes.items() if name.endswith("._recurrent_kernel_")), (1, 0))
-        return "xlstm-paper-cuda" if R[-1] > R[-2] else "xlstm-paper"
+        R = next((shape for name, shape in shapes.items() if name.endswith("._recurrent_kernel_")), ())
+        return "xlstm-paper-cuda" if len(R) == 3 and R[2] > R[1] else "xlstm-paper"
     fused = found != ["native"] and any(".qkv_opreact." in name for name in shapes)
     return f"{found[0]}-fused" if fused else found[0]
 

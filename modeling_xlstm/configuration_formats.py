@@ -21,6 +21,8 @@ PAPER_ARCHITECTURE = {
     "gate_soft_cap": None,
     "output_logit_soft_cap": None,
 }
+# What makes no difference in a stack without mLSTM.
+OF_MLSTM = {"mlstm_block", "mlstm_input_gate", "gate_soft_cap", "eps"}
 LARGE_ARCHITECTURE = {"mlstm_block": "post_up", "norm_type": "rms_norm"}
 
 Fields = dict[str, Any]
@@ -161,10 +163,11 @@ def _read_paper(origin: Mapping[str, Any]) -> Fields:
         ("initial_val of an sLSTM", slstm.get("initial_val", 0.0), 0.0),
         ("act_fn of a feed-forward", (ffn or {}).get("act_fn", "gelu"), "gelu"),
         ("round_proj_up_dim_up", all(x.get("round_proj_up_dim_up", True) for x in widened), True),
-        ("round_proj_up_to_multiple_of of all blocks", max(multiples), min(multiples)),
     ):
         if got != legal:
             raise ValueError(f"The {what} must be {legal!r}, got {got!r}, which is not implemented.")
+    if len(multiples) > 1:
+        raise ValueError(f"round_proj_up_to_multiple_of must be the same in all blocks, got {sorted(multiples)}.")
     context_length = origin.get("context_length", -1)
     return {
         "vocab_size": origin.get("vocab_size", -1),
@@ -267,11 +270,17 @@ def fields_from(origin: Mapping[str, Any], fmt: str) -> Fields:
 def check_expressible(config: Any, fmt: str) -> None:
     """Raises ValueError if `config`, an `XLSTMConfig`, has what the format `fmt` cannot vary."""
     fixed = configuration_format(fmt).fixed
+    has_mlstm = "mlstm" in config.block_types
     for field, value in fixed.items():
-        if getattr(config, field) != value:
+        if getattr(config, field) != value and (has_mlstm or field not in OF_MLSTM):
             raise ValueError(f"{field} must be {value!r} in the format {fmt}, got {getattr(config, field)!r}.")
     if fixed["mlstm_block"] == "post_up" and "slstm" in config.block_types:
         raise ValueError(f"block_types must hold 'mlstm' only in the format {fmt}, got 'slstm'.")
+    if fixed["mlstm_block"] == "pre_up":
+        if has_mlstm and config.conv_kernel_size < 2:  # with which its code cannot build or run a model
+            raise ValueError(f"conv_kernel_size must be at least 2 in the format {fmt}, got {config.conv_kernel_size}.")
+        if "slstm" in config.block_types and config.slstm_conv_kernel_size == 1:
+            raise ValueError(f"slstm_conv_kernel_size must be 0 or at least 2 in the format {fmt}, got 1.")
 
 
 def fields_to(config: Any, fmt: str) -> Fields:
@@ -285,7 +294,13 @@ def fields_to(config: Any, fmt: str) -> Fields:
     return configuration_format(fmt).write(config)
 
 
+def shown(name: str) -> str:
+    """A name from a file, for a message: quoted where it holds what does not print."""
+    return name if name.isprintable() else repr(name)
+
+
 def listing(names: Iterable[str]) -> str:
     """The first of many names, for a message."""
     names = sorted(names)
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return ", ".join(map(shown, names[:6])) + more

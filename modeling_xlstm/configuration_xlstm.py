@@ -141,6 +141,11 @@ class XLSTMConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 0
 
     def __post_init__(self, **kwargs: Any):
+        for theirs, ours in (("embedding_dim", "hidden_size"), ("num_blocks", "num_hidden_layers")):
+            if theirs in kwargs:
+                raise ValueError(
+                    f"{theirs} must be given as {ours}, as it is called here, got {theirs}={kwargs[theirs]}."
+                )
         if self.block_types is None:
             self.block_types = ["mlstm"] * self.num_hidden_layers
         if self.slstm_num_heads is None:

@@ -114,6 +114,11 @@ class XLSTMPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": XLSTMBlock}
 
     def __init__(self, config: XLSTMConfig, *args: Any, **kwargs: Any):
+        if config.model_type != XLSTMConfig.model_type:
+            raise TypeError(
+                f"config must be an XLSTMConfig, got {type(config).__name__}; XLSTMConfig.from_dict(config.to_dict()) "
+                "makes one of that of Transformers' own xLSTM."
+            )
         super().__init__(config, *args, **kwargs)
         # A pattern from the start of a name, which is all that some quantisers look at.
         gates = {".*gate_proj", ".*gate_weight", ".*gate_bias"} if config.keep_gates_in_fp32 else set()
@@ -131,7 +136,11 @@ class XLSTMPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any):
-        """As in Transformers; raises ValueError if the checkpoint holds a weight that is not finite."""
+        """As in Transformers; raises ValueError if the checkpoint holds a weight that is not finite.
+
+        Embeddings that a checkpoint says are tied, but stores as two different weights, are not tied: Transformers' own
+        xLSTM writes such checkpoints.
+        """
         result = super().from_pretrained(*args, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
         for name, weight in model.named_parameters():
@@ -139,6 +148,9 @@ class XLSTMPreTrainedModel(PreTrainedModel):
             checked = type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta
             if checked and weight.numel() and not is_finite(weight):
                 raise ValueError(f"All weights of a checkpoint must be finite, got NaN or infinity in {name}.")
+        head = model.get_output_embeddings()
+        if head is not None and head.weight is not model.get_input_embeddings().weight:
+            model.config.tie_word_embeddings = False
         return result
 
     def save_pretrained(  # type: ignore[override]  # the rest of its parameters are in kwargs
@@ -163,6 +175,8 @@ class XLSTMPreTrainedModel(PreTrainedModel):
             return
         if not isinstance(self, XLSTMForCausalLM):
             raise ValueError(f"Transformers' format is that of a language model, got {type(self).__name__}.")
+        if getattr(self, "_hf_peft_config_loaded", False):
+            raise ValueError("save_original_format=True needs a model without adapters: merge or unload them first.")
         if push_to_hub:
             raise ValueError("save_original_format=True saves to a directory only, got push_to_hub=True.")
         fields = fields_to(self.config, "transformers")

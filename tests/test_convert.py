@@ -19,7 +19,7 @@ from origins import (
     weights,
 )
 from peers import in_transformers, large, paper
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from convert.__main__ import EXAMPLES, build_parser, main
 from convert.source import open_source
@@ -243,3 +243,53 @@ def test_every_format_has_its_words_in_the_card(fmt):
 def test_the_examples_of_the_help_are_valid(line):
     assert line.startswith("  python -m convert ")
     build_parser().parse_args(line.split()[3:])
+
+
+def test_fields_that_a_format_does_not_know_are_told(run, tmp_path):
+    tiny_model("pre_up_slstm", chunk_size=16, conv_kernel_size=3).save_pretrained(tmp_path / "origin")
+    out = run(tmp_path / "origin", tmp_path / "to", "--to", "xlstm-paper", "--dry-run")
+    assert "note chunk_size is 16, of which the format xlstm-paper knows nothing: it reads as 64.\n" in out
+    assert out.count("knows nothing") == 2  # and context_length
+
+
+@pytest.mark.parametrize("kernel", ["conv_kernel_size", "slstm_conv_kernel_size"])
+def test_what_the_code_of_a_format_cannot_run_is_not_written_for_it(kernel, tmp_path, capsys):
+    tiny_model("pre_up_slstm", **{kernel: 1}).save_pretrained(tmp_path / "origin")
+    assert main([str(tmp_path / "origin"), str(tmp_path / "to"), "--to", "xlstm-paper"]) == 1
+    assert f"{kernel} must be " in capsys.readouterr().err
+
+
+def test_a_stack_without_mlstm_needs_no_fields_of_one(run, tmp_path):
+    model = tiny_model("post_up", block_types=["slstm"] * 2, norm_type="layer_norm", norm_eps=1e-5)
+    model.config.output_logit_soft_cap = None
+    model.save_pretrained(tmp_path / "origin")
+    run(tmp_path / "origin", tmp_path / "to", "--to", "xlstm-paper", "--verify")
+
+
+@NEEDS_KERNELS
+def test_sigmoid_gates_that_cannot_be_verified_are_told_before_anything_is_written(tmp_path, capsys):
+    tiny_model("post_up", mlstm_input_gate="sigmoid").save_pretrained(tmp_path / "origin")
+    assert main([str(tmp_path / "origin"), str(tmp_path / "to"), "--to", "xlstm-large", "--verify"]) == 1
+    assert "--verify must have exponential input gates" in capsys.readouterr().err
+
+
+def test_the_words_of_a_tokenizer_of_another_kind_go_along(run, tmp_path):
+    tiny_model("post_up").save_pretrained(tmp_path / "origin")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]
+    (tmp_path / "origin" / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    (tmp_path / "origin" / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}', encoding="utf-8")
+    run(tmp_path / "origin", tmp_path / "native")
+    tokens = [AutoTokenizer.from_pretrained(tmp_path / folder)("a b").input_ids for folder in ("origin", "native")]
+    assert tokens[0] == tokens[1]
+
+
+def test_a_training_folder_holds_one_model(run, tmp_path):
+    model = tiny_model("post_up")
+    folder = tmp_path / "checkpoint-7"
+    model.save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({"step": 7}, folder / name)
+    run(folder, tmp_path / "native", "--verify")
+    assert_same_weights(weights(tmp_path / "native"), model.state_dict())

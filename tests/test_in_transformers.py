@@ -10,7 +10,7 @@ from origins import ORIGINS, assert_same_logits, assert_same_weights, save, text
 from peers import in_transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments, xLSTMConfig
 
 from modeling_xlstm import XLSTMConfig, XLSTMForCausalLM, XLSTMModel
 
@@ -151,3 +151,37 @@ def test_a_training_of_such_a_model_resumes_bit_by_bit(tmp_path):
         trainer.train(resume_from_checkpoint=checkpoint)
         trained.append(model.state_dict())
     assert_same_weights(trained[1], trained[0])
+
+
+@torch.no_grad()
+def test_embeddings_that_only_a_configuration_ties_stay_untied(tmp_path):
+    """Transformers' own xLSTM writes such checkpoints, since it takes no notice of its own field."""
+    origin = in_transformers("own", tie_word_embeddings=True)
+    save(origin, tmp_path / "origin")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "origin")
+    assert not model.config.tie_word_embeddings
+    before = model.lm_head.weight.clone()
+    model.tie_weights()
+    model.resize_token_embeddings(120)
+    assert torch.equal(model.lm_head.weight[:99], before)
+    model.save_pretrained(tmp_path / "theirs", save_original_format=True)
+    assert_same_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")(text()).logits, model(text()).logits)
+
+
+def test_embeddings_whose_projection_is_missing_are_tied(tmp_path):
+    folder = save(in_transformers("own", tie_word_embeddings=True), tmp_path / "origin")
+    stored = load_file(folder / "model.safetensors")
+    del stored["lm_head.weight"]
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.tie_word_embeddings and model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_configuration_of_transformers_itself_is_refused_with_the_way_to_ours():
+    theirs = xLSTMConfig(hidden_size=64, num_hidden_layers=1, num_heads=2, vocab_size=9)
+    with pytest.raises(TypeError, match=r"must be an XLSTMConfig, got xLSTMConfig; XLSTMConfig.from_dict\(config"):
+        XLSTMForCausalLM(theirs)
+    assert XLSTMForCausalLM(XLSTMConfig.from_dict(theirs.to_dict())).config.hidden_size == 64
+    for name in ("embedding_dim", "num_blocks"):
+        with pytest.raises(ValueError, match=f"{name} must be given as (hidden_size|num_hidden_layers), as it is called here"):
+            XLSTMConfig(**{name: 64})

@@ -303,7 +303,7 @@ def stack(ffn: dict | None = None, slstm: dict | None = None, **fields) -> dict:
         (
             stack(ffn={"round_proj_up_to_multiple_of": 32}),
             "xlstm-paper-cuda",
-            "round_proj_up_to_multiple_of .* must be 32",
+            "round_proj_up_to_multiple_of must be the same",
         ),
     ],
 )

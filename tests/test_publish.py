@@ -600,10 +600,3 @@ def test_a_checkpoint_saved_by_the_package_does_not_promise_code_that_is_not_the
     convert(sources["post_up"], tmp_path / "native")
     XLSTMForCausalLM.from_pretrained(tmp_path / "native").save_pretrained(tmp_path / "tuned")
     assert "auto_map" not in json.loads((tmp_path / "tuned" / "config.json").read_text(encoding="utf-8"))
-
-
-def test_a_card_in_the_folder_itself_has_its_name(sources, tmp_path, monkeypatch):
-    (tmp_path / "named").mkdir()
-    monkeypatch.chdir(tmp_path / "named")
-    assert main([str(sources["post_up"]), "."]) == 0
-    assert "\n# named\n" in (tmp_path / "named" / "README.md").read_text(encoding="utf-8")
