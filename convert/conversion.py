@@ -52,7 +52,6 @@ class Conversion:
     dtype: torch.dtype | None
     shards: Shards
     shapes: dict[str, torch.Size]
-    tokenizer: PreTrainedTokenizerBase | None
     generation: GenerationConfig
     notes: list[str]
 
@@ -131,15 +130,14 @@ def prepare(source: Source, to: str, dtype: torch.dtype | None, max_shard_size: 
         raise ConversionError(str(error), details) from error
     except ValueError as error:
         raise ConversionError(one_line(error)) from error
-    tokenizer = read_tokenizer(source)
     config.dtype = target[embedding_name(to)].dtype
     config.architectures = ["XLSTMForCausalLM"]
-    generation = read_generation(source, config, tokenizer, notes)
+    generation = read_generation(source, config, read_tokenizer(source), notes)
     try:
         shards = Shards(target, to, max_shard_size)
     except (ValueError, OverflowError) as error:
         raise ConversionError(f"--max-shard-size must be a size such as 500MB, got {max_shard_size}.") from error
-    return Conversion(source, to, config, dtype, shards, shapes, tokenizer, generation, notes)
+    return Conversion(source, to, config, dtype, shards, shapes, generation, notes)
 
 
 def check_depth(source: Source) -> None:

@@ -73,7 +73,9 @@ def remove_abandoned(folder: Path, destination: Path) -> None:
     try:
         with FileLock(folder / LOCK, timeout=0):
             for path in folder.iterdir():
-                if path.name != LOCK:  # which tells that the rest may go, until the end
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != LOCK:  # which tells that the rest may go, until the end
                     path.unlink()
             shutil.rmtree(folder)
     except Timeout:
@@ -81,10 +83,13 @@ def remove_abandoned(folder: Path, destination: Path) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Waits until every file in the folder is on the disk."""
+    """Waits until every file in the folder, and in those below it, is on the disk."""
     for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        if path.is_dir():
+            sync(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
     sync_folder(folder)
 
 

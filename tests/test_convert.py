@@ -278,7 +278,10 @@ def test_the_words_of_a_tokenizer_of_another_kind_go_along(run, tmp_path):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]
     (tmp_path / "origin" / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
     (tmp_path / "origin" / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}', encoding="utf-8")
+    (tmp_path / "origin" / "additional_chat_templates").mkdir()
+    (tmp_path / "origin" / "additional_chat_templates" / "tools.jinja").write_text("{{ x }}", encoding="utf-8")
     run(tmp_path / "origin", tmp_path / "native")
+    assert (tmp_path / "native" / "additional_chat_templates" / "tools.jinja").is_file()
     tokens = [AutoTokenizer.from_pretrained(tmp_path / folder)("a b").input_ids for folder in ("origin", "native")]
     assert tokens[0] == tokens[1]
 

@@ -183,5 +183,7 @@ def test_a_configuration_of_transformers_itself_is_refused_with_the_way_to_ours(
         XLSTMForCausalLM(theirs)
     assert XLSTMForCausalLM(XLSTMConfig.from_dict(theirs.to_dict())).config.hidden_size == 64
     for name in ("embedding_dim", "num_blocks"):
-        with pytest.raises(ValueError, match=f"{name} must be given as (hidden_size|num_hidden_layers), as it is called here"):
+        with pytest.raises(
+            ValueError, match=f"{name} must be given as (hidden_size|num_hidden_layers), as it is called here"
+        ):
             XLSTMConfig(**{name: 64})
