@@ -261,8 +261,8 @@ def take_token(
         setattr(generation, field, new)
     kept = getattr(generation, field)
     if old not in (None, kept) or token == "eos":
-        words = [f"{x}, {_word(tokenizer, x)}" for x in (old if isinstance(old, list) else [old])]
-        had = "" if old in (None, kept) else f", not {' or '.join(words)}"
+        other = [] if old in (None, kept) else old if isinstance(old, list) else [old]
+        had = ", not " * bool(other) + " or ".join(f"{x}, {_word(tokenizer, x)}" for x in other)
         notes.append(f"{field} is {kept}, the tokenizer's {_word(tokenizer, new)}{had}.")
     setattr(config, field, kept)
 

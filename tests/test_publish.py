@@ -549,8 +549,8 @@ def test_the_wheel_holds_the_converter_under_a_name_of_its_own_and_runs_it(sourc
 
 
 def test_a_push_replaces_what_would_be_read_in_place_of_the_new_and_nothing_else(hub, sources, tmp_path):
-    old = ["chat_template.jinja", "added_tokens.json", "model-00001-of-00009.safetensors", "modeling_old.py"]
-    mine = ["scripts/eval.py", "ckpt-100/model.safetensors", "notes.txt", "loss.csv"]
+    old = ["chat_template.jinja", "added_tokens.json", "model-00001-of-00009.safetensors", "pytorch_model.bin"]
+    mine = ["handler.py", "scripts/eval.py", "ckpt-100/model.safetensors", "notes.txt", "loss.csv"]
     for name in old + mine:
         path = hub.path("me/mine") / name
         path.parent.mkdir(parents=True, exist_ok=True)
