@@ -76,10 +76,9 @@ def model_card(conversion: Conversion, name: str, repo: str | None) -> str:
         try:
             card = ModelCard(path.read_text(encoding="utf-8-sig"), ignore_metadata_errors=True)
             of_source = card.data.to_dict()
+            tags = {str(tag) for tag in of_source.get("tags") or []}
         except PARSER_ERRORS as error:
             raise ConversionError(f"The card {path} cannot be read: {one_line(error)}") from error
-        tags = of_source.get("tags") or []
-        tags = {str(tag) for tag in (tags if isinstance(tags, list) else [tags])}
         data = {**of_source, **data, "tags": sorted({"xlstm", *tags})}
         original = card.text.split(SOURCE_CARD)[-1].strip()  # of a card made here, the one that it had from its source
     if source.repo and source.repo != repo:
