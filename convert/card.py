@@ -1,19 +1,14 @@
 """The card of a converted checkpoint."""
 
-from __future__ import annotations
-
-import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 import modeling_xlstm
 
+from .conversion import HUB_FORMATS, Conversion
 from .errors import PARSER_ERRORS, ConversionError, one_line
 
-
-if TYPE_CHECKING:
-    from .conversion import Conversion
 
 ORIGINS = {
     "native": "`modeling_xlstm`",
@@ -83,15 +78,13 @@ def model_card(conversion: Conversion, name: str, repo: str | None) -> str:
         original = card.text.split(SOURCE_CARD)[-1].strip()  # of a card made here, the one that it had from its source
     if source.repo and source.repo != repo:
         data["base_model"] = source.repo
-    if conversion.to not in ("native", "transformers"):
+    if conversion.to not in HUB_FORMATS:
         del data["library_name"]
 
     kinds = config.block_types or []
-    mlstm, slstm = kinds.count("mlstm"), kinds.count("slstm")
-    divisor = math.gcd(mlstm, slstm)
-    at = f", sLSTM at {[i for i, kind in enumerate(kinds) if kind == 'slstm']}" if mlstm and slstm else ""
+    at = f", sLSTM at {[i for i, kind in enumerate(kinds) if kind == 'slstm']}" if len(set(kinds)) > 1 else ""
     rows = {
-        "architecture": f"xLSTM[{mlstm // divisor}:{slstm // divisor}]{at}",
+        "architecture": f"xLSTM[{config.ratio}]{at}",
         "blocks": f"{len(kinds)}, of width {config.hidden_size}",
         "parameters": f"{conversion.parameters:,}",
         "vocabulary": f"{config.vocab_size:,}",

@@ -186,16 +186,16 @@ def info(args: argparse.Namespace) -> None:
     tokenizer = read_tokenizer(args.directory)
     count, dtypes, size, files = read_headers(args.directory)
     kinds = config.block_types or []
-    mlstm, slstm = kinds.count("mlstm"), kinds.count("slstm")
-    divisor = math.gcd(mlstm, slstm)
-    block = f", {config.mlstm_block.replace('_', '-')}, {config.mlstm_input_gate} input gate" if mlstm else ""
+    block = (
+        f", {config.mlstm_block.replace('_', '-')}, {config.mlstm_input_gate} input gate" if "mlstm" in kinds else ""
+    )
     order = ", ".join(f"{len(list(run))} {kind[0]}LSTM" for kind, run in itertools.groupby(kinds))
     heads = {"mlstm": config.num_heads, "slstm": config.slstm_num_heads}
     share = 100 * config.vocab_size * config.hidden_size / count
     names = " and ".join(sorted(DTYPES.get(dtype, dtype) for dtype in dtypes))
     card = {
         "model": f"{args.directory} ({', '.join(config.architectures or ['unknown class'])})",
-        "architecture": f"xLSTM[{mlstm // divisor}:{slstm // divisor}]{block}",
+        "architecture": f"xLSTM[{config.ratio}]{block}",
         "blocks": f"{len(kinds)}: {order}",
         "width": f"{config.hidden_size}, " + ", ".join(f"{heads[k]} {k[0]}LSTM heads" for k in sorted(set(kinds))),
         "parameters": f"{count:,}, of which {share:.1f}% {'tied' if config.tie_word_embeddings else 'input'} embedding",

@@ -206,6 +206,13 @@ class XLSTMConfig(PreTrainedConfig):
         return ["linear_attention"] * self.num_hidden_layers
 
     @property
+    def ratio(self) -> str:
+        """How many mLSTM blocks there are to how many sLSTM blocks, such as `"7:1"`: the paper's xLSTM[7:1]."""
+        mlstm, slstm = self.block_types.count("mlstm"), self.block_types.count("slstm")
+        divisor = math.gcd(mlstm, slstm)
+        return f"{mlstm // divisor}:{slstm // divisor}"
+
+    @property
     def inner_size(self) -> int:
         """Width inside an mLSTM block, which `num_heads` share as value dimensions."""
         if self.mlstm_block == "post_up":

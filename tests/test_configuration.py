@@ -138,6 +138,7 @@ def test_an_slstm_block_may_have_no_feed_forward():
 
 def test_from_ratio_places_the_slstm_blocks_at_the_end_of_each_period():
     config = XLSTMConfig.from_ratio("3:1", hidden_size=64, num_hidden_layers=8)
+    assert config.ratio == "3:1"
     assert config.block_types == (["mlstm"] * 3 + ["slstm"]) * 2
     assert (config.mlstm_block, config.norm_type, config.norm_eps) == ("pre_up", "layer_norm", 1e-5)
     assert config.gate_soft_cap is config.output_logit_soft_cap is None
