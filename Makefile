@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export PROMPT
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-torch test-triton check format clean
 
 # One thread: a model this small gains nothing from more, and waits for them where other programs use the cores.
 demo: $(VENV)/installed-runtime  ## stream a continuation; make demo PROMPT="A generator is"
@@ -15,7 +15,13 @@ demo: $(VENV)/installed-runtime  ## stream a continuation; make demo PROMPT="A g
 	  $(BIN)/python -m modeling_xlstm generate --model checkpoints/xlstm-demo --prompt "$$PROMPT"
 
 test: check  ## everything that must pass before a change lands
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-torch test-triton
+
+test-torch: $(VENV)/installed-test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+test-triton: $(VENV)/installed-test  ## kernels in Triton's interpreter, on a CPU
+	TRITON_INTERPRET=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/test_*_triton*.py
 
 check: $(VENV)/installed-test  ## lint, format, types
 	$(BIN)/ruff check

@@ -3,27 +3,49 @@
 `"auto"` may choose, per call, from the device of the tensors. A name obeys or raises with the reason.
 """
 
+import importlib.util
+import os
+
 import torch
 import transformers
 from packaging.version import Version
 
 
 BACKENDS = ("auto", "torch", "triton")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run in Python, on tensors of a CPU
 HAS_ONEDNN_LINEAR = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # Earlier versions start over from the first token when they read a prompt in pieces, whatever a cache has seen.
 READS_ON_IN_PIECES = Version(transformers.__version__) >= Version("5.21")
 
 
-def resolve(requested: str, tensor: torch.Tensor) -> str:
-    """The backend, `"torch"` or `"triton"`, that serves `requested` for an op on `tensor`.
+def resolve(requested: str, tensor: torch.Tensor, op: str = "mLSTM") -> str:
+    """The backend, `"torch"` or `"triton"`, that serves `requested` for an op (`"mLSTM"`, `"sLSTM"`) on `tensor`.
 
     Raises ValueError for an unknown name and NotImplementedError for a backend that cannot serve this tensor.
     """
     if requested not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {requested!r}.")
-    if requested == "triton":
-        raise NotImplementedError(
-            f"backend 'triton' was requested for tensors on {tensor.device}, but this version has no Triton kernels; "
-            "use 'auto' or 'torch'."
-        )
-    return "torch"
+    if requested == "torch" or (requested == "auto" and tensor.device.type != "cuda"):
+        return "torch"
+    obstacle = _obstacle_to_triton(tensor, op)
+    if obstacle is None:
+        return "triton"
+    if requested == "auto":
+        return "torch"
+    raise NotImplementedError(
+        f"backend 'triton' was requested for tensors on {tensor.device}, but {obstacle}; use 'auto' or 'torch'."
+    )
+
+
+def _obstacle_to_triton(tensor: torch.Tensor, op: str) -> str | None:
+    if op == "sLSTM":
+        return "the sLSTM has no Triton kernels"
+    if not HAS_TRITON:
+        return "the package triton is not installed"
+    if tensor.dtype == torch.float64:
+        return "the kernels take float16, bfloat16 and float32, not float64"
+    if tensor.device.type == "cuda":
+        older = torch.cuda.get_device_properties(tensor.device).major < 8
+        return "the kernels need a GPU of compute capability 8.0 or later" if older else None
+    return None if INTERPRETED else "the kernels run on GPUs (elsewhere only under TRITON_INTERPRET=1, as a check)"

@@ -14,14 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from .backends import HAS_TRITON, resolve
 from .cache_xlstm import LayerState
 from .checks import check_float, check_like, check_sequence, full_precision, state_dtype
 from .configuration_xlstm import XLSTMConfig
-from .fused import rms_norm, soft_cap
+from .fused import rms_norm
 from .linear import linear
-from .mlstm import mlstm_chunkwise, mlstm_step
+from .mlstm import mlstm_chunkwise, mlstm_step, mlstm_step_gated
 from .mlstm_torch import MLSTMState
 from .slstm import slstm_scan, slstm_step
+
+
+if HAS_TRITON:
+    from .head_norm_triton import gated_head_norm
 
 
 def small_std(config: XLSTMConfig) -> float:
@@ -72,10 +77,14 @@ class HeadNorm(nn.Module):
         if self.bias is not None:
             init.zeros_(self.bias)
 
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, h: Tensor, ogate: Tensor | None = None, backend: str = "torch") -> Tensor:
+        """With `ogate` `[B, T, H V]`, the pre-activation of an output gate, y is gated too."""
+        if backend == "triton":
+            return gated_head_norm(h, ogate, self.weight, self.bias, self.offset, self.eps)
         y = F.layer_norm(h, h.shape[-1:], eps=self.eps).flatten(-2).to(h.dtype)
         y = y * (self.weight + self.offset)
-        return y if self.bias is None else y + self.bias
+        y = y if self.bias is None else y + self.bias
+        return y if ogate is None else torch.sigmoid(ogate) * y
 
 
 def init_linear_(weight: Tensor, bias: Tensor | None, std: float) -> None:
@@ -267,23 +276,44 @@ class _MLSTMMixer(nn.Module):
         self.head_norm = HeadNorm(config, config.inner_size)
 
     def _cell(
-        self, q: Tensor, k: Tensor, v: Tensor, gate_input: Tensor, state: MLSTMState | None, mask, cu_seqlens, keep
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gate_input: Tensor,
+        state: MLSTMState | None,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        keep: int | None,
+        ogate: Tensor | None = None,
     ) -> tuple[Tensor, MLSTMState]:
-        """q, k, v `[B, T, H K]` or `[B, T, H V]` to the normalised heads `[B, T or keep, H V]`."""
+        """q, k, v `[B, T, H K]` or `[B, T, H V]` to the normalised, and gated, heads `[B, T or keep, H V]`."""
         config = self.config
         K, V = config.qk_size // config.num_heads, config.inner_size // config.num_heads
         q, k, v = q.unflatten(-1, (-1, K)), k.unflatten(-1, (-1, K)), v.unflatten(-1, (-1, V))
-        igate, fgate = soft_cap(self.gate_proj(gate_input), config.gate_soft_cap).chunk(2, -1)
-        options: dict[str, Any] = {"input_gate": config.mlstm_input_gate, "eps": config.eps, "backend": self.backend}
+        igate, fgate = self.gate_proj(gate_input).chunk(2, -1)
+        options: dict[str, Any] = {
+            "input_gate": config.mlstm_input_gate,
+            "gate_soft_cap": config.gate_soft_cap,
+            "eps": config.eps,
+        }
+        backend = resolve(self.backend, q)
         if q.shape[1] == 1 and cu_seqlens is None:
             q, k, v, igate, fgate = (x.squeeze(1) for x in (q, k, v, igate, fgate))
-            mask = None if mask is None else mask[:, 0]
-            h, state = mlstm_step(q, k, v, igate, fgate, state, mask=mask, **options)
+            options["mask"] = None if mask is None else mask[:, 0]
+            if backend == "triton" and ogate is not None and not torch.is_grad_enabled():
+                norm = self.head_norm
+                y, state = mlstm_step_gated(
+                    q, k, v, igate, fgate, ogate.squeeze(1), state, norm.weight, norm.bias,
+                    offset=norm.offset, norm_eps=norm.eps, **options,
+                )  # fmt: skip
+                return y.unsqueeze(1), state
+            h, state = mlstm_step(q, k, v, igate, fgate, state, backend=backend, **options)
             h = h.unsqueeze(1)
         else:
             options |= {"mask": mask, "cu_seqlens": cu_seqlens, "chunk_size": config.chunk_size}
-            h, state = mlstm_chunkwise(q, k, v, igate, fgate, state, **options)
-        return self.head_norm(last(h, keep)), state
+            h, state = mlstm_chunkwise(q, k, v, igate, fgate, state, backend=backend, **options)
+        return self.head_norm(last(h, keep), None if ogate is None else last(ogate, keep), backend), state
 
 
 class MLSTMLayer(_MLSTMMixer):
@@ -311,8 +341,8 @@ class MLSTMLayer(_MLSTMMixer):
         check_layer_input(x, self.config.hidden_size, mask, cu_seqlens, keep)
         cell, _ = unpack_state(state, None)
         q, k, v, o = linear(self.qkvo_proj, x).split(self.splits, -1)
-        h, cell = self._cell(q, k, v, x, cell, mask, cu_seqlens, keep)
-        return linear(self.out_proj, torch.sigmoid(last(o, keep)) * h), LayerState(cell)
+        y, cell = self._cell(q, k, v, x, cell, mask, cu_seqlens, keep, ogate=o)
+        return linear(self.out_proj, y), LayerState(cell)
 
 
 class MLSTMPreUpLayer(_MLSTMMixer):

@@ -9,11 +9,18 @@ import math
 import torch
 from torch import Tensor
 
-from .backends import resolve
+from .backends import HAS_TRITON, resolve
 from .checks import check_float, check_like, check_same_dtype, check_sequence, full_precision, state_dtype
+from .fused import soft_cap
 from .mlstm_torch import MLSTMState, clear_closed, hold_padding
 from .mlstm_torch import mlstm_chunkwise as mlstm_chunkwise_torch
 from .mlstm_torch import mlstm_step as mlstm_step_torch
+
+
+if HAS_TRITON:
+    from .mlstm_triton import mlstm_chunkwise as mlstm_chunkwise_triton
+    from .mlstm_triton_step import mlstm_step as mlstm_step_triton
+    from .mlstm_triton_step import mlstm_step_gated as mlstm_step_gated_triton
 
 
 def mlstm_chunkwise(
@@ -27,6 +34,7 @@ def mlstm_chunkwise(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     input_gate: str = "exp",
+    gate_soft_cap: float | None = None,
     chunk_size: int | None = None,
     eps: float = 1e-6,
     backend: str = "auto",
@@ -42,9 +50,11 @@ def mlstm_chunkwise(
         mask: `[B, T]` bool, False at padded positions, which leave the state as it was and do not enter it.
         cu_seqlens: `[N + 1]` int32 boundaries of N sequences packed into a batch of 1; the state restarts at each.
         input_gate: `"exp"`, or `"sigmoid"` for mLSTMsig (https://arxiv.org/abs/2503.14376), whose m stays 0.
-        chunk_size: Tokens handled in parallel, 64 when omitted. Changes speed and memory, not the result.
+        gate_soft_cap: Gates are `cap * tanh(gate / cap)` first, where a cap is given.
+        chunk_size: Tokens handled in parallel, 64 when omitted. Changes speed and memory, not the result. The Triton
+            kernels are built for chunks of their own.
         eps: Added to the (stabilised) denominator.
-        backend: `"auto"`, `"torch"` or `"triton"`.
+        backend: `"torch"`, `"triton"` (float16, bfloat16 and float32 on a GPU), or `"auto"`: Triton where it can run.
 
     Returns:
         h `[B, T, H, V]` in the dtype of v, and the final `MLSTMState` (float32, float64 for float64 inputs).
@@ -61,18 +71,25 @@ def mlstm_chunkwise(
     """
     check_float("q", q, "B T H K")
     B, T, H, K = q.shape
-    _check_inputs(q, k, v, igate, fgate, (B, T, H), input_gate, eps)
+    _check_inputs(q, k, v, igate, fgate, (B, T, H), input_gate, gate_soft_cap, eps)
     sequences = check_sequence(B, T, q.device, mask, cu_seqlens)
     chunk_size = 64 if chunk_size is None else chunk_size
     if not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"chunk_size must be an integer of at least 1, got {chunk_size}.")
-    resolve(backend, q)
+    backend = resolve(backend, q)
     state = _check_state(state, q, v, sequences)
+    if backend == "torch" or mask is not None:
+        igate, fgate, gate_soft_cap = soft_cap(igate, gate_soft_cap), soft_cap(fgate, gate_soft_cap), None
     q, k, v, igate, fgate = hold_padding(q, k, v, igate, fgate, mask)
-    k, igate = clear_closed(k, igate, fgate)
     with full_precision(q.device):
-        h, *state = mlstm_chunkwise_torch(q, k, v, igate, fgate, *state, cu_seqlens, input_gate, chunk_size, eps)
-    return h, MLSTMState(*state)
+        if backend == "triton":
+            h, *last, _, _, _, _, _ = mlstm_chunkwise_triton(
+                q, k, v, igate, fgate, *state, cu_seqlens, input_gate, gate_soft_cap, eps
+            )
+        else:
+            k, igate = clear_closed(k, igate, fgate)
+            h, *last = mlstm_chunkwise_torch(q, k, v, igate, fgate, *state, cu_seqlens, input_gate, chunk_size, eps)
+    return h, MLSTMState(*last)
 
 
 def mlstm_step(
@@ -85,6 +102,7 @@ def mlstm_step(
     *,
     mask: Tensor | None = None,
     input_gate: str = "exp",
+    gate_soft_cap: float | None = None,
     eps: float = 1e-6,
     backend: str = "auto",
 ) -> tuple[Tensor, MLSTMState]:
@@ -95,7 +113,7 @@ def mlstm_step(
         igate, fgate: Gate pre-activations `[B, H]`.
         state: State before the step; zeros when omitted. Differentiable, and not modified.
         mask: `[B]` bool, False where the step is padding.
-        input_gate, eps, backend: As in `mlstm_chunkwise`.
+        input_gate, gate_soft_cap, eps, backend: As in `mlstm_chunkwise`.
 
     Returns:
         h `[B, H, V]` in the dtype of v, and the new `MLSTMState`.
@@ -104,18 +122,72 @@ def mlstm_step(
         As `mlstm_chunkwise`.
     """
     check_float("q", q, "B H K")
-    _check_inputs(q, k, v, igate, fgate, q.shape[:2], input_gate, eps)
-    resolve(backend, q)
+    _check_inputs(q, k, v, igate, fgate, q.shape[:2], input_gate, gate_soft_cap, eps)
+    backend = resolve(backend, q)
     state = _check_state(state, q, v, q.shape[0])
     if mask is not None:
         check_like("mask", mask, q.shape[:1], q.device, (torch.bool,))
-        q, k, v, igate, fgate = hold_padding(q, k, v, igate, fgate, mask)
     with full_precision(q.device):
+        if backend == "triton":
+            h, *last = mlstm_step_triton(q, k, v, igate, fgate, *state, mask, input_gate, gate_soft_cap, eps)
+            return h, MLSTMState(*last)
+        igate, fgate = soft_cap(igate, gate_soft_cap), soft_cap(fgate, gate_soft_cap)
+        q, k, v, igate, fgate = hold_padding(q, k, v, igate, fgate, mask)
         h, state = mlstm_step_torch(q, k, v, igate, fgate, state, input_gate, eps)
     return h.to(v.dtype), state
 
 
-def _check_inputs(q, k, v, igate, fgate, leading: tuple, input_gate: str, eps: float) -> None:
+def mlstm_step_gated(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    igate: Tensor,
+    fgate: Tensor,
+    ogate: Tensor,
+    state: MLSTMState | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    offset: float,
+    norm_eps: float,
+    mask: Tensor | None = None,
+    input_gate: str = "exp",
+    gate_soft_cap: float | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, MLSTMState]:
+    """`mlstm_step` and what follows it in xLSTM-7B, in one kernel: Triton only, and without gradients.
+
+    Args:
+        ogate: Pre-activation of the output gate `[B, H V]`, of the dtype of v.
+        weight, bias: Of the norm of heads, `[H V]`, any floating dtype; `offset` is added to the weight.
+        norm_eps: Added to the variance.
+        Others as in `mlstm_step`.
+
+    Returns:
+        y `[B, H V]` = `sigmoid(ogate) * (layer_norm(h) * (weight + offset) + bias)`, and the new `MLSTMState`.
+
+    Raises:
+        As `mlstm_step`; NotImplementedError where Triton cannot run.
+    """
+    check_float("q", q, "B H K")
+    _check_inputs(q, k, v, igate, fgate, q.shape[:2], input_gate, gate_soft_cap, eps)
+    channels = v.shape[1] * v.shape[2]
+    check_like("ogate", ogate, (q.shape[0], channels), q.device, (v.dtype,))
+    check_like("weight", weight, (channels,), q.device)
+    resolve("triton", q)
+    state = _check_state(state, q, v, q.shape[0])
+    if mask is not None:
+        check_like("mask", mask, q.shape[:1], q.device, (torch.bool,))
+    with full_precision(q.device):
+        y, *last = mlstm_step_gated_triton(
+            q, k, v, igate, fgate, ogate, *state, weight, bias, mask, input_gate, gate_soft_cap, eps, norm_eps, offset
+        )
+    return y, MLSTMState(*last)
+
+
+def _check_inputs(
+    q, k, v, igate, fgate, leading: tuple, input_gate: str, gate_soft_cap: float | None, eps: float
+) -> None:
     check_like("k", k, q.shape, q.device)
     check_float("v", v, "B T H V" if q.dim() == 4 else "B H V")
     check_like("v", v, (*leading, v.shape[-1]), q.device)
@@ -124,6 +196,8 @@ def _check_inputs(q, k, v, igate, fgate, leading: tuple, input_gate: str, eps: f
     check_like("fgate", fgate, leading, q.device)
     if input_gate not in ("exp", "sigmoid"):
         raise ValueError(f"input_gate must be 'exp' or 'sigmoid', got {input_gate!r}.")
+    if gate_soft_cap is not None and not 0 < gate_soft_cap < math.inf:
+        raise ValueError(f"gate_soft_cap must be finite and more than 0, or None, got {gate_soft_cap}.")
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps must be finite and not negative, got {eps}.")
 

@@ -189,11 +189,12 @@ class XLSTMPreTrainedModel(PreTrainedModel):
 
     def set_backend(self, backend: str) -> None:
         """Selects the kernels of every layer: `"auto"`, `"torch"` or `"triton"`; raises if they cannot run here."""
-        resolve(backend, next(self.parameters()))
+        layers = [x for x in self.modules() if isinstance(x, MLSTMLayer | MLSTMPreUpLayer | SLSTMLayer)]
+        for layer in layers:
+            resolve(backend, next(layer.parameters()), "sLSTM" if isinstance(layer, SLSTMLayer) else "mLSTM")
         self.config.backend = backend
-        for module in self.modules():
-            if isinstance(module, MLSTMLayer | MLSTMPreUpLayer | SLSTMLayer):
-                module.backend = backend
+        for layer in layers:
+            layer.backend = backend
 
 
 class XLSTMModel(XLSTMPreTrainedModel):

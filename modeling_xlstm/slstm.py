@@ -50,7 +50,7 @@ def slstm_scan(
     B, T = gates.shape[:2]
     _check_inputs(gates, R)
     sequences = check_sequence(B, T, gates.device, mask, cu_seqlens)
-    resolve(backend, gates)
+    resolve(backend, gates, "sLSTM")
     state = _check_state(state, gates, sequences)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (gates, R, *state))
     with full_precision(gates.device):
@@ -83,7 +83,7 @@ def slstm_step(
     """
     check_float("gates", gates, "B H 4 D")
     _check_inputs(gates, R)
-    resolve(backend, gates)
+    resolve(backend, gates, "sLSTM")
     state = _check_state(state, gates, gates.shape[0])
     with full_precision(gates.device):
         _, new = slstm_step_torch(gates, R, state)

@@ -1,0 +1,341 @@
+"""mLSTM over whole sequences in Triton: what the kernels do together, their launchers, and the op with exact gradients.
+
+A sequence is cut into chunks of `L` tokens. Within a chunk, tokens reach rows through a matrix of scores, as in
+attention; across chunks through the state, of which only the values between chunks are ever in memory. Forward and
+backward pass are mostly two kinds of products, each one kernel:
+
+`mlstm_state_kernel`: states between chunks, in a run over the sequence, `C <- decay C + (w x)^T y`. Forward: C from k
+and v. Backward: dC from q and dh, in reverse.
+
+`mlstm_combine_kernel`: `out = scale (x Z) + scores y` for a block of rows, what comes through the state and from tokens
+of the chunk. Forward: h. Backward: dq, dk and dv.
+
+Around them are kernels for gates, for the stabiliser between chunks, and for scores and sums over their rows. Scores,
+and states between chunks, have the dtype of the inputs (but states of float16 are float32, whose range they need). The
+backward pass takes the states between chunks from the forward pass and recomputes the scores.
+
+Dims: `B` batch `T` time `H` heads `K` query and key dim `V` value dim `R` rows (tokens of all sequences) `N` chunks of
+all sequences `L` chunk length `BS` tokens of a block of scores. Letters are those of `mlstm_torch`.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from .checks import full_precision
+from .mlstm_triton_kernels import (
+    mlstm_bwd_decay_kernel,
+    mlstm_bwd_gates_kernel,
+    mlstm_bwd_rows_kernel,
+    mlstm_bwd_scores_kernel,
+    mlstm_bwd_stabiliser_kernel,
+    mlstm_combine_kernel,
+    mlstm_fwd_gates_kernel,
+    mlstm_fwd_scores_kernel,
+    mlstm_fwd_stabiliser_kernel,
+    mlstm_state_kernel,
+)
+
+
+class _Blocks(NamedTuple):
+    """How work is cut. Picked on an H100; float32 is for exactness: its products run without tensor cores."""
+
+    L: int  # tokens of a chunk
+    BS: int  # tokens of a block of scores
+    state: tuple[int, int, int, int, int]  # tokens, keys, values of a block; warps and stages
+    scores: tuple[int, int, int]  # keys or values at once; warps and stages
+    d_scores: tuple[int, int, int]
+    combine: tuple[int, int, int, int, int, int]  # rows; columns of x and out, tokens at once; warps and stages
+
+
+def _tile(size: int, most: int) -> int:
+    """The size of a block that covers `size`, or `most`: a power of two, and what a product takes at least."""
+    return max(16, min(most, triton.next_power_of_2(size)))
+
+
+def _blocks(q: Tensor, V: int) -> _Blocks:
+    if q.dtype == torch.float32:
+        return _Blocks(64, 32, (32, 32, 32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 32, 32, 32, 4, 1))
+    K = q.shape[-1]
+    if _shared_memory(q.device) >= 200_000 and q.dtype == torch.bfloat16 and K % 128 == V % 256 == 0:
+        return _Blocks(256, 64, (64, 128, 256, 8, 3), (64, 4, 4), (64, 4, 4), (128, 64, 256, 64, 8, 4))
+    return _Blocks(256, 64, (64, 64, 128, 4, 2), (64, 4, 3), (64, 4, 3), (128, 64, 128, 64, 8, 2))
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have on this device."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+
+
+class _Chunks(NamedTuple):
+    """Where chunks are: evenly cut sequences, or tables for packed ones, which have some spare chunks at the end."""
+
+    T: int
+    R: int  # stride of heads in arrays `[H, R]`
+    chunks: int  # of a sequence
+    total: int
+    sequences: int
+    starts: Tensor | None = None  # [total] int64
+    lengths: Tensor | None = None  # [total] int32
+    first: Tensor | None = None  # [N + 1] int32
+
+
+def _cut(B: int, T: int, cu_seqlens: Tensor | None, L: int) -> _Chunks:
+    chunks = triton.cdiv(T, L)
+    if cu_seqlens is None:
+        return _Chunks(T, _aligned(B * T), chunks, B * chunks, B)
+    bounds = cu_seqlens.to(torch.int64)
+    N = bounds.numel() - 1
+    total = T // L + N
+    first = F.pad(((bounds.diff() + (L - 1)) // L).cumsum(0), (1, 0))
+    chunk = torch.arange(total, device=bounds.device)
+    sequence = torch.searchsorted(first[1:], chunk, right=True).clamp(max=N - 1)
+    starts = bounds[sequence] + (chunk - first[sequence]) * L
+    lengths = (bounds[sequence + 1] - starts).clamp(0, L)
+    return _Chunks(T, _aligned(T), 0, total, N, starts, lengths.to(torch.int32), first.to(torch.int32))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`[B, T, H, D]` as `[R, H, D]`, D contiguous, a view where there is one. Gates have no D."""
+    x = x.flatten(0, 1)
+    return x if x.dim() == 2 or x.stride(-1) == 1 else x.contiguous()
+
+
+def _aligned(size: int) -> int:
+    """A length at which arrays that follow each other are aligned, so that kernels for one fit another."""
+    return (size + 15) // 16 * 16
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for x in tensors for stride in x.stride()[:2]]
+
+
+def _run_state(x, y, weight, scale, decay, vectors, first, between, ends, cut, blocks):
+    """Launches `mlstm_state_kernel`, in reverse without `scale`; `first`, `between` and `ends` are pairs of C and n."""
+    BT, BK, BV, warps, stages = blocks.state
+    _, H, K = x.shape
+    V = y.shape[-1]
+    BK, BV = _tile(K, BK), _tile(V, BV)
+    mlstm_state_kernel[(cut.sequences * triton.cdiv(K, BK) * triton.cdiv(V, BV), H)](
+        x, y, weight, scale, decay, vectors, *first, *between, *ends,
+        cut.starts, cut.lengths, cut.first, cut.T, cut.chunks, cut.R, *_strides(x, y), H,
+        K=K, V=V, L=blocks.L, BT=BT, BK=BK, BV=BV, PARTS=vectors.shape[2], REVERSE=scale is None,
+        HAS_FIRST=first[0] is not None, PACKED=cut.starts is not None, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+def _run_combine(x, Z, y, scores, out, state_scale, cut, blocks, *, chunk_scale=None, denominator=None,
+                 rank=(None, None), factor=None, dots=None, Z_transposed=False, S_transposed=False):  # fmt: skip
+    """Launches `mlstm_combine_kernel`."""
+    _, H, X = x.shape
+    Y = y.shape[-1]
+    BM, BX, BY, BJ, warps, stages = blocks.combine
+    BX, BY = _tile(X, BX), _tile(Y, BY)
+    grid = (cut.total * (blocks.L // BM) * triton.cdiv(Y, BY), H)
+    mlstm_combine_kernel[grid](
+        x, Z, y, scores, out, state_scale, chunk_scale, denominator, *rank, factor, dots,
+        cut.starts, cut.lengths, cut.T, cut.chunks, cut.R, *_strides(x, y, out, x if factor is None else factor), H,
+        X=X, Y=Y, L=blocks.L, BS=blocks.BS, BM=BM, BX=BX, BY=BY, BJ=BJ,
+        Z_TRANSPOSED=Z_transposed, S_TRANSPOSED=S_transposed, HAS_CHUNK_SCALE=chunk_scale is not None,
+        HAS_DENOMINATOR=denominator is not None, HAS_DOTS=dots is not None,
+        PACKED=cut.starts is not None, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+def _state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of states between chunks: that of the inputs, but for the range of float16."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+@torch.library.custom_op("modeling_xlstm::mlstm_chunkwise_triton", mutates_args=())
+def mlstm_chunkwise(
+    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, C: Tensor, n: Tensor, m: Tensor,
+    cu_seqlens: Tensor | None, input_gate: str, gate_soft_cap: float | None, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """h `[B, T, H, V]` in the dtype of v, the final C, n, m, and what the backward pass reads again:
+
+    numbers of tokens `[9, H, R]`, the token that each row has its stabiliser from `[H, R]`, numbers of chunks
+    `[5, N, H]`, and C and n before each chunk. R and N are rounded up there, to aligned arrays.
+    """
+    with torch.cuda.device_of(q):
+        return _forward(q, k, v, igate, fgate, C, n, m, cu_seqlens, input_gate == "sigmoid", gate_soft_cap, eps)
+
+
+def _forward(q, k, v, igate, fgate, C, n, m, cu_seqlens, sigmoid, gate_soft_cap, eps):
+    B, T, H, K = q.shape
+    V = v.shape[-1]
+    blocks = _blocks(q, V)
+    L, BS = blocks.L, blocks.BS
+    cut = _cut(B, T, cu_seqlens, L)
+    N, packed = cut.total, cu_seqlens is not None
+    tables = (cut.starts, cut.lengths, cut.T, cut.chunks, cut.R)
+    qs, ks, vs, igates, fgates = (_rows(x) for x in (q, k, v, igate, fgate))
+    new = q.new_empty
+    tokens, chunks = new(9, H, cut.R, dtype=torch.float32), new(5, _aligned(N), H, dtype=torch.float32)
+    log_f, log_f_low, log_i, peak, weight, m_rows, normaliser, denominator, state_weight = tokens
+    total, top, m_before, decay, scale = chunks
+    source, key_sum = new(H, cut.R, dtype=torch.int32), new(N, H, 1, K, dtype=torch.float32)
+    mlstm_fwd_gates_kernel[(N, H)](
+        igates, fgates, ks, log_f, log_f_low, log_i, peak, source, weight, total, top, key_sum, *tables,
+        *_strides(igates, fgates, ks), gate_soft_cap or 0.0, H, K=K, L=L, BK=_tile(K, 64),
+        SIGMOID=sigmoid, CAPPED=gate_soft_cap is not None, PACKED=packed, num_warps=8,
+    )  # fmt: skip
+    C_last, n_last, m_last = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (C, n, m))
+    mlstm_fwd_stabiliser_kernel[(cut.sequences, H)](
+        total, top, m.contiguous(), m_before, decay, scale, m_last, cut.first, cut.chunks, H,
+        BC=128, SIGMOID=sigmoid, PACKED=packed, num_warps=4,
+    )  # fmt: skip
+    C_between, n_between = new(N, H, K, V, dtype=_state_dtype(q.dtype)), new(N, H, K, dtype=torch.float32)
+    first, between, ends = (C.contiguous(), n.contiguous()), (C_between, n_between), (C_last, n_last)
+    _run_state(ks, vs, weight, scale, decay, key_sum, first, between, ends, cut, blocks)
+    scores = new(N, H, L // BS * (L // BS + 1) // 2, BS, BS)
+    BK, warps, stages = blocks.scores
+    mlstm_fwd_scores_kernel[(N * (L // BS), H)](
+        qs, ks, log_f, log_f_low, log_i, peak, m_before, n_between, scores, m_rows, normaliser, denominator,
+        state_weight, *tables, *_strides(qs, ks), K**-0.5, eps, H, K=K, L=L, BS=BS, BK=_tile(K, BK),
+        SIGMOID=sigmoid, PACKED=packed, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    h = new(B * T, H, V)
+    _run_combine(qs, C_between, vs, scores, h, state_weight, cut, blocks, denominator=denominator)
+    return h.view(B, T, H, V), C_last, n_last, m_last, tokens, source, chunks, C_between, n_between
+
+
+@mlstm_chunkwise.register_fake
+def _(q, k, v, igate, fgate, C, n, m, cu_seqlens, input_gate, gate_soft_cap, eps):
+    B, T, H, K = q.shape
+    L = _blocks(q, v.shape[-1]).L
+    N = B * ((T + L - 1) // L) if cu_seqlens is None else T // L + cu_seqlens.shape[0] - 1
+    new = q.new_empty
+    return (
+        *(x.new_empty(x.shape) for x in (v, C, n, m)),
+        new(9, H, _aligned(B * T), dtype=torch.float32),
+        new(H, _aligned(B * T), dtype=torch.int32),
+        new(5, _aligned(N), H, dtype=torch.float32),
+        new(N, H, K, v.shape[-1], dtype=_state_dtype(q.dtype)),
+        new(N, H, K, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("modeling_xlstm::mlstm_chunkwise_triton_backward", mutates_args=())
+def _mlstm_chunkwise_backward(
+    dh: Tensor, dC: Tensor | None, dn: Tensor | None, dm: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, C: Tensor, n: Tensor, m: Tensor,
+    cu_seqlens: Tensor | None, h: Tensor, C_last: Tensor, n_last: Tensor, tokens: Tensor, source: Tensor,
+    chunks: Tensor, C_between: Tensor, n_between: Tensor, input_gate: str, gate_soft_cap: float | None, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Exact gradients of `mlstm_chunkwise`: of q, k, v, both gates and the initial state."""
+    with torch.cuda.device_of(q):
+        return _backward_pass(
+            dh, dC, dn, dm, q, k, v, igate, fgate, C, n, m, cu_seqlens, h, C_last, n_last, tokens, source, chunks,
+            C_between, n_between, input_gate == "sigmoid", gate_soft_cap, eps,
+        )  # fmt: skip
+
+
+def _backward_pass(
+    dh, dC, dn, dm, q, k, v, igate, fgate, C, n, m, cu_seqlens, h, C_last, n_last, tokens, source, chunks,
+    C_between, n_between, sigmoid, gate_soft_cap, eps,
+):  # fmt: skip
+    B, T, H, K = q.shape
+    V = v.shape[-1]
+    blocks = _blocks(q, V)
+    L, BS = blocks.L, blocks.BS
+    cut = _cut(B, T, cu_seqlens, L)
+    N, packed = cut.total, cu_seqlens is not None
+    tables = (cut.starts, cut.lengths, cut.T, cut.chunks, cut.R)
+    qs, ks, vs, igates, fgates, hs, dhs = (_rows(x) for x in (q, k, v, igate, fgate, h, dh))
+    new = q.new_empty
+    log_f, log_f_low, log_i, peak, weight, m_rows, normaliser, denominator, state_weight = tokens
+    total, top, m_before, decay, scale = chunks
+    d_norm, dC_weight, dn_weight, d_m = new(4, H, cut.R, dtype=torch.float32)
+    query_sum, m_from_state = new(N, H, L // BS, K, dtype=torch.float32), new(N, H, L // BS, dtype=torch.float32)
+    BD, warps, stages = blocks.d_scores
+    mlstm_bwd_rows_kernel[(N * (L // BS), H)](
+        qs, hs, dhs, log_f, log_f_low, peak, m_before, m_rows, normaliser, denominator, state_weight,
+        d_norm, dC_weight, dn_weight, query_sum, d_m, m_from_state,
+        *tables, *_strides(qs, hs, dhs), eps, H, K=K, V=V, L=L, BS=BS, BK=_tile(K, BD), BV=_tile(V, BD),
+        SIGMOID=sigmoid, PACKED=packed, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    pairs = L // BS * (L // BS + 1) // 2
+    scores, d_scores = new(2, N, H, pairs, BS, BS)
+    col_sum, between = new(2, L // BS, H, cut.R, dtype=torch.float32)
+    mlstm_bwd_scores_kernel[(N * pairs, H)](
+        qs, ks, vs, dhs, log_f, log_f_low, log_i, m_rows, denominator, d_norm, scores, d_scores, col_sum, between,
+        *tables, *_strides(qs, ks, vs, dhs), K**-0.5, H, K=K, V=V, L=L, BS=BS, BK=_tile(K, BD), BV=_tile(V, BD),
+        PACKED=packed, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    dC_between, dn_between = torch.empty_like(C_between), torch.empty_like(n_between)
+    dC_first, dn_first, dm_first = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (C, n, m))
+    last = (None, None) if dC is None and dn is None else (_or_zeros(dC, C), _or_zeros(dn, n))
+    between_chunks, ends = (dC_between, dn_between), (dC_first, dn_first)
+    _run_state(qs, dhs, dC_weight, None, decay, query_sum, last, between_chunks, ends, cut, blocks)
+    d_decay = new(N, H, dtype=torch.float32)
+    mlstm_bwd_decay_kernel[(N, H)](
+        C_between, n_between, dC_between, dn_between, decay, d_decay, H,
+        K=K, V=V, BLOCK=4096, BK=triton.next_power_of_2(K), num_warps=8,
+    )  # fmt: skip
+    dq, dk, dv = new(B * T, H, K), new(B * T, H, K), new(B * T, H, V)
+    parts = triton.cdiv(K, _tile(K, blocks.combine[2]))
+    q_dots, k_dots = new(2, parts, H, cut.R, dtype=torch.float32)
+    _run_combine(ks, dC_between, dhs, scores, dv, weight, cut, blocks, chunk_scale=scale, S_transposed=True)
+    _run_combine(
+        dhs, C_between, ks, d_scores, dq, dC_weight, cut, blocks, rank=(dn_weight, n_between), factor=qs, dots=q_dots,
+        Z_transposed=True,
+    )  # fmt: skip
+    _run_combine(
+        vs, dC_between, qs, d_scores, dk, weight, cut, blocks, chunk_scale=scale, rank=(None, dn_between), factor=ks,
+        dots=k_dots, Z_transposed=True, S_transposed=True,
+    )  # fmt: skip
+    d_m_between = new(N, H, dtype=torch.float32)
+    if sigmoid:
+        dm_first.zero_()
+    else:
+        dm_last = _or_zeros(dm, m)
+        if last[0] is not None:
+            dm_last = dm_last - (last[0] * C_last).sum((-1, -2)) - (last[1] * n_last).sum(-1)
+        mlstm_bwd_stabiliser_kernel[(cut.sequences, H)](
+            m_from_state, total, top, m_before, dm_last, d_m_between, dm_first, cut.first, cut.chunks, H,
+            PARTS=L // BS, BC=128, PACKED=packed, num_warps=4,
+        )  # fmt: skip
+        dm_first += (dC_first * C).sum((-1, -2)) + (dn_first * n).sum(-1)
+    digate, dfgate = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (igate, fgate))
+    mlstm_bwd_gates_kernel[(N, H)](
+        igates, fgates, log_f, log_f_low, peak, source, m_before, d_m, d_m_between, d_decay,
+        col_sum, between, q_dots, k_dots, digate, dfgate, *tables, *_strides(igates, fgates), gate_soft_cap or 0.0, H,
+        L=L, BS=BS, PARTS=parts, SIGMOID=sigmoid, CAPPED=gate_soft_cap is not None, PACKED=packed, num_warps=8,
+    )  # fmt: skip
+    return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), digate, dfgate, dC_first, dn_first, dm_first
+
+
+def _or_zeros(d: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like, memory_format=torch.contiguous_format) if d is None else d.contiguous()
+
+
+@_mlstm_chunkwise_backward.register_fake
+def _(dh, dC, dn, dm, q, k, v, igate, fgate, C, n, m, *args):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, igate, fgate, C, n, m))
+
+
+def _setup_context(ctx, inputs, output):
+    h, C_last, n_last, _, *kept = output
+    ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)
+    ctx.input_gate, ctx.gate_soft_cap, ctx.eps = inputs[9:]
+    ctx.save_for_backward(*inputs[:9], h, C_last, n_last, *kept)
+
+
+def _backward(ctx, dh, dC, dn, dm, *_):
+    if dh is None:
+        dh = torch.zeros_like(ctx.saved_tensors[9])
+    with full_precision(dh.device):
+        grads = _mlstm_chunkwise_backward(
+            dh, dC, dn, dm, *ctx.saved_tensors, ctx.input_gate, ctx.gate_soft_cap, ctx.eps
+        )
+    return *grads, None, None, None, None
+
+
+mlstm_chunkwise.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,642 @@
+"""Triton kernels of the mLSTM over whole sequences; `mlstm_triton` says what they do together, and launches them.
+
+A program handles one chunk of one head, or a part of it; in `mlstm_state_kernel` and the kernels for stabilisers it
+walks over the chunks of a sequence. Products accumulate in float32; gates, normaliser and stabiliser are float32, sums
+of log gates float64. Float32 products are exact ("ieee"), without tensor cores.
+
+Dims and letters as in `mlstm_triton`. `i_` program or loop index, `o_` offsets, `in_` masks, `s*_t s*_h` strides of
+tokens and heads, `at` a chunk and head, `tokens` where the numbers of a chunk's tokens start in arrays `[H, R]`.
+"""
+
+import triton
+import triton.language as tl
+
+from .mlstm_torch import MAX_LOG_FLOOR
+
+
+# exp of it is zero, and sums of it over a chunk are finite: the log of a forget gate that is shut
+LOG_ZERO = tl.constexpr(-1e5)
+LOG_FLOOR = tl.constexpr(MAX_LOG_FLOOR)
+
+
+# helpers
+
+
+@triton.jit
+def _span(i_chunk, T, chunks, starts, lengths, L: tl.constexpr, PACKED: tl.constexpr):
+    """First row of a chunk, and how many it has; none in the spare chunks of packed sequences."""
+    if PACKED:
+        start, length = tl.load(starts + i_chunk), tl.load(lengths + i_chunk)
+    else:
+        t = (i_chunk % chunks) * L
+        start, length = (i_chunk // chunks).to(tl.int64) * T + t, tl.minimum(T - t, L)
+    return start, length
+
+
+@triton.jit
+def _sequence(i_n, chunks, first_chunk, PACKED: tl.constexpr):
+    """First and end chunk of a sequence."""
+    if PACKED:
+        first, end = tl.load(first_chunk + i_n), tl.load(first_chunk + i_n + 1)
+    else:
+        first, end = i_n * chunks, (i_n + 1) * chunks
+    return first, end
+
+
+@triton.jit
+def _exp(x):
+    """exp of float32 to the last bit; `tl.exp` first rounds x log2(e) to float32, which costs digits of a large x."""
+    return tl.exp(x.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
+def _tanh(x):
+    return 1 - 2 / (tl.exp(2 * x) + 1)
+
+
+@triton.jit
+def _log_sigmoid(x):
+    return tl.minimum(x, 0.0) - tl.log(1 + tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def _log_gates(igate, fgate, valid, cap, SIGMOID: tl.constexpr, CAPPED: tl.constexpr):
+    """Log gates in float64, and where both are minus infinity: the state is emptied and nothing enters."""
+    igate, fgate = igate.to(tl.float64), fgate.to(tl.float64)
+    if CAPPED:
+        igate, fgate = cap * _tanh(igate / cap), cap * _tanh(fgate / cap)
+    closed = valid & (igate == float("-inf")) & (fgate == float("-inf"))
+    if SIGMOID:
+        igate = _log_sigmoid(igate)
+    logf = tl.maximum(_log_sigmoid(fgate), LOG_ZERO)
+    return tl.where(valid, igate, float("-inf")), tl.where(valid, logf, 0.0), closed
+
+
+@triton.jit
+def _later(b1, a1, b2, a2):
+    """Two steps `m -> max(b + m, a)` as one."""
+    return b1 + b2, tl.maximum(a1 + b2, a2)
+
+
+@triton.jit
+def _larger(x1, i1, x2, i2):
+    """The larger value and its place, the first of equals."""
+    return tl.maximum(x1, x2), tl.where(x2 > x1, i2, i1)
+
+
+@triton.jit
+def _segment(end1, x1, end2, x2):
+    """Sums within segments: what comes after the end of one is not added."""
+    return end1 | end2, tl.where(end2 == 1, x2, x1 + x2)
+
+
+@triton.jit
+def _linear(z1, x1, z2, x2):
+    """Two steps `y -> z y + x` as one."""
+    return z1 * z2, z2 * x1 + x2
+
+
+@triton.jit
+def _dot(x, y, acc):
+    """x y + acc. A float16 operand meets a float32 state in TF32, which holds it exactly."""
+    if x.dtype == y.dtype:
+        acc = tl.dot(x, y, acc, input_precision="ieee")
+    else:
+        acc = tl.dot(x.to(tl.float32), y, acc, input_precision="tf32")
+    return acc
+
+
+@triton.jit
+def _weights(log_f, log_f_low, m, rows, log_f_cols, log_f_low_cols, log_i, cols, EXACT: tl.constexpr):
+    """What each token (columns) of a chunk weighs in each row; rows beyond the end have an infinite m."""
+    D = (log_f[:, None] - log_f_cols[None, :]) + ((log_f_low[:, None] - log_f_low_cols[None, :]) + log_i[None, :])
+    D = tl.where(rows[:, None] >= cols[None, :], D - m[:, None], float("-inf"))
+    return _exp(D) if EXACT else tl.exp(D)
+
+
+@triton.jit
+def _scores(rows, cols, BS: tl.constexpr):
+    """Offsets of scores of a chunk, and which are stored: blocks at and below the diagonal, one after the other."""
+    block = rows // BS
+    return (
+        (block * (block + 1) // 2 * BS * BS + rows % BS * BS)[:, None] + (cols // BS * BS * BS + cols % BS)[None, :],
+        (cols // BS)[None, :] <= block[:, None],
+    )
+
+
+# gates and stabiliser
+
+
+@triton.jit(do_not_specialize=["T", "chunks", "R"])
+def mlstm_fwd_gates_kernel(
+    igate, fgate, k, log_f, log_f_low, log_i, peak, source, weight, total, top, key_sum,
+    starts, lengths, T, chunks, R, si_t, si_h, sf_t, sf_h, sk_t, sk_h, cap, H,
+    K: tl.constexpr, L: tl.constexpr, BK: tl.constexpr,
+    SIGMOID: tl.constexpr, CAPPED: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """For each token the sum of log forget gates up to it, its log input gate, its weight in the next state, the
+    largest log weight in its row and the token that has it; for each chunk the sum of log forget gates, the largest log
+    weight in the next state, and the weighted sum of keys."""
+    i_chunk, i_h = tl.program_id(0), tl.program_id(1)
+    start, length = _span(i_chunk, T, chunks, starts, lengths, L, PACKED)
+    o_t = tl.arange(0, L)
+    valid = o_t < length
+    igates = tl.load(igate + start * si_t + i_h * si_h + o_t * si_t, mask=valid, other=0.0)
+    fgates = tl.load(fgate + start * sf_t + i_h * sf_h + o_t * sf_t, mask=valid, other=0.0)
+    logi, logf, closed = _log_gates(igates, fgates, valid, cap, SIGMOID, CAPPED)
+    b = tl.cumsum(logf, 0)
+    b_last = tl.sum(logf, 0)
+    reach = tl.where(closed, 0.0, logi)  # for the stabiliser a shut gate is open to a key of zero
+    rows = i_h.to(tl.int64) * R + start + o_t
+    high = b.to(tl.float32)
+    tl.store(log_f + rows, high, mask=valid)
+    tl.store(log_f_low + rows, (b - high).to(tl.float32), mask=valid)
+    tl.store(log_i + rows, logi.to(tl.float32), mask=valid)
+    to_end = ((b_last - b) + logi).to(tl.float32)
+    if SIGMOID:
+        largest = 0.0
+    else:
+        largest_before, token = tl.associative_scan((reach - b, o_t), 0, _larger)
+        tl.store(peak + rows, (b + largest_before).to(tl.float32), mask=valid)
+        tl.store(source + rows, token, mask=valid)
+        largest = tl.max(tl.where(valid, ((b_last - b) + reach).to(tl.float32), float("-inf")), 0)
+        tl.store(top + i_chunk * H + i_h, largest)
+        largest = tl.where(largest == float("-inf"), 0.0, largest)
+    w = _exp(to_end - largest)
+    tl.store(weight + rows, w, mask=valid)
+    tl.store(total + i_chunk * H + i_h, b_last.to(tl.float32))
+    o_k = tl.arange(0, BK)
+    for i_k in range(0, K, BK):
+        inside = valid[:, None] & (i_k + o_k < K)[None, :]
+        keys = tl.load(k + start * sk_t + i_h * sk_h + o_t[:, None] * sk_t + i_k + o_k, mask=inside, other=0.0)
+        s = tl.sum(keys * w[:, None], 0)
+        tl.store(key_sum + (i_chunk.to(tl.int64) * H + i_h) * K + i_k + o_k, s, mask=i_k + o_k < K)
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def mlstm_fwd_stabiliser_kernel(
+    total, top, m_first, m_before, decay, scale, m_last, first_chunk, chunks, H,
+    BC: tl.constexpr, SIGMOID: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """m before each chunk, and what the state before it and the sum over it weigh in the state after it."""
+    i_n, i_h = tl.program_id(0), tl.program_id(1)
+    first, end = _sequence(i_n, chunks, first_chunk, PACKED)
+    m = tl.load(m_first + i_n * H + i_h)
+    if SIGMOID:
+        m = 0.0
+    o_c = tl.arange(0, BC)
+    for c in range(first, end, BC):
+        at = (c + o_c) * H + i_h
+        valid = c + o_c < end
+        b = tl.load(total + at, mask=valid, other=0.0)
+        if SIGMOID:
+            tl.store(m_before + at, tl.zeros_like(b), mask=valid)
+            tl.store(decay + at, _exp(b), mask=valid)
+            tl.store(scale + at, tl.zeros_like(b) + 1.0, mask=valid)
+        else:
+            a = tl.load(top + at, mask=valid, other=float("-inf"))
+            b_sum, a_max = tl.associative_scan((b, a), 0, _later)
+            m_after = tl.maximum(b_sum + m, a_max)
+            tl.store(m_before + c * H + i_h, m)
+            tl.store(m_before + at + H, m_after, mask=c + o_c + 1 < end)
+            tl.debug_barrier()
+            before = tl.load(m_before + at, mask=valid, other=0.0)
+            tl.store(decay + at, _exp(tl.where(valid, b + before - m_after, 0.0)), mask=valid)
+            tl.store(scale + at, _exp(tl.where(valid, a - m_after, 0.0)), mask=valid)
+            m = tl.sum(tl.where(o_c == tl.minimum(end - c, BC) - 1, m_after, 0.0), 0)
+    tl.store(m_last + i_n * H + i_h, m)
+
+
+# the state, between chunks
+
+
+@triton.jit(do_not_specialize=["T", "chunks", "R"])
+def mlstm_state_kernel(
+    x, y, weight, scale, decay, vectors, C_first, n_first, C_between, n_between, C_end, n_end,
+    starts, lengths, first_chunk, T, chunks, R, sx_t, sx_h, sy_t, sy_h, H,
+    K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    PARTS: tl.constexpr, REVERSE: tl.constexpr, HAS_FIRST: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """A block of C, and of n, from chunk to chunk: `C <- decay C + (w x)^T y` and `n <- decay n + vector`."""
+    KB: tl.constexpr = (K + BK - 1) // BK
+    VB: tl.constexpr = (V + BV - 1) // BV
+    TILES: tl.constexpr = L // BT
+    i, i_h = tl.program_id(0), tl.program_id(1)
+    i_n, i_k, i_v = i // (KB * VB), i // VB % KB, i % VB
+    first, end = _sequence(i_n, chunks, first_chunk, PACKED)
+    o_k, o_v, o_t = i_k * BK + tl.arange(0, BK), i_v * BV + tl.arange(0, BV), tl.arange(0, BT)
+    in_k, in_v = o_k < K, o_v < V
+    in_kv = in_k[:, None] & in_v[None, :]
+    o_kv = o_k[:, None] * V + o_v[None, :]
+    at_end = (i_n.to(tl.int64) * H + i_h) * K
+    C, n = tl.zeros([BK, BV], tl.float32), tl.zeros([BK], tl.float32)
+    if HAS_FIRST:
+        C = tl.load(C_first + at_end * V + o_kv, mask=in_kv, other=0.0)
+        n = tl.load(n_first + at_end + o_k, mask=in_k, other=0.0)
+    for i_tile in range((end - first) * TILES):
+        i_chunk = end - 1 - i_tile // TILES if REVERSE else first + i_tile // TILES
+        start, length = _span(i_chunk, T, chunks, starts, lengths, L, PACKED)
+        at = i_chunk.to(tl.int64) * H + i_h
+        if i_tile % TILES == 0:
+            tl.store(C_between + at * K * V + o_kv, C.to(C_between.dtype.element_ty), mask=in_kv)
+            chunk_decay = tl.load(decay + at)
+            C *= chunk_decay
+            if i_v == 0:
+                tl.store(n_between + at * K + o_k, n, mask=in_k)
+                n *= chunk_decay
+                for part in tl.static_range(PARTS):
+                    vector = tl.load(vectors + (at * PARTS + part) * K + o_k, mask=in_k, other=0.0)
+                    n += vector if REVERSE else vector * tl.load(scale + at)
+        o_row = i_tile % TILES * BT + o_t
+        valid = o_row < length
+        w = tl.load(weight + i_h.to(tl.int64) * R + start + o_row, mask=valid, other=0.0)
+        if not REVERSE:
+            w *= tl.load(scale + at)
+        xs = tl.load(
+            x + start * sx_t + i_h * sx_h + o_row[:, None] * sx_t + o_k[None, :],
+            mask=valid[:, None] & in_k[None, :], other=0.0,
+        )  # fmt: skip
+        ys = tl.load(
+            y + start * sy_t + i_h * sy_h + o_row[:, None] * sy_t + o_v[None, :],
+            mask=valid[:, None] & in_v[None, :], other=0.0,
+        )  # fmt: skip
+        weighted = (xs * w[:, None]).to(xs.dtype)
+        if x.dtype.element_ty == tl.float32:
+            # Small terms first, which rounds less. A sum would be compiled to a product that adds each to C.
+            C -= tl.dot(tl.trans(-weighted), ys, input_precision="ieee")
+        else:
+            C = tl.dot(tl.trans(weighted), ys, C)
+    tl.store(C_end + at_end * V + o_kv, C, mask=in_kv)
+    if i_v == 0:
+        tl.store(n_end + at_end + o_k, n, mask=in_k)
+
+
+# scores of a chunk, and sums over its rows
+
+
+@triton.jit
+def _products(x, y, sx_t, sy_t, rows, cols, length, D: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr):
+    """x y^T for a block of rows of x and one of y, both with D columns."""
+    o_d = tl.arange(0, BD)
+    acc = tl.zeros([BS, BS], tl.float32)
+    for i_d in range(0, D, BD):
+        in_d = i_d + o_d < D
+        xs = tl.load(
+            x + rows[:, None] * sx_t + i_d + o_d[None, :], mask=(rows < length)[:, None] & in_d[None, :], other=0.0
+        )
+        ys = tl.load(
+            y + cols[None, :] * sy_t + i_d + o_d[:, None], mask=(cols < length)[None, :] & in_d[:, None], other=0.0
+        )
+        acc = tl.dot(xs, ys, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit(do_not_specialize=["T", "chunks", "R"])
+def mlstm_fwd_scores_kernel(
+    q, k, log_f, log_f_low, log_i, peak, m_before, n_before, scores, m_rows, normaliser, denominator, state_weight,
+    starts, lengths, T, chunks, R, sq_t, sq_h, sk_t, sk_h, softmax_scale, eps, H,
+    K: tl.constexpr, L: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr,
+    SIGMOID: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """What tokens of a chunk (`scores`) and the state before it (`state_weight`) weigh in the numerator of some rows,
+    and stabiliser, normaliser and denominator of these."""
+    BLOCKS: tl.constexpr = L // BS
+    i, i_h = tl.program_id(0), tl.program_id(1)
+    i_chunk, i_row = i // BLOCKS, i % BLOCKS * BS
+    start, length = _span(i_chunk, T, chunks, starts, lengths, L, PACKED)
+    at = i_chunk.to(tl.int64) * H + i_h
+    o_s, o_k = tl.arange(0, BS), tl.arange(0, BK)
+    rows = i_row + o_s
+    valid = rows < length
+    tokens = i_h.to(tl.int64) * R + start
+    q += start * sq_t + i_h * sq_h
+    k += start * sk_t + i_h * sk_h
+    b = tl.load(log_f + tokens + rows, mask=valid, other=0.0)
+    b_low = tl.load(log_f_low + tokens + rows, mask=valid, other=0.0)
+    through = (b + tl.load(m_before + at)) + b_low
+    if SIGMOID:
+        m = tl.where(valid, 0.0, float("inf"))
+    else:
+        m = tl.maximum(through, tl.load(peak + tokens + rows, mask=valid, other=float("inf")))
+    g = _exp(through - m) * softmax_scale
+    norm = tl.zeros([BS], tl.float32)
+    for i_k in range(0, K, BK):
+        in_k = i_k + o_k < K
+        qs = tl.load(q + rows[:, None] * sq_t + i_k + o_k[None, :], mask=valid[:, None] & in_k[None, :], other=0.0)
+        n = tl.load(n_before + at * K + i_k + o_k, mask=in_k, other=0.0)
+        norm += tl.sum(qs * n[None, :], 1)
+    norm *= g
+    scores += at * (BLOCKS * (BLOCKS + 1) // 2 * BS * BS)
+    for col in range(0, tl.minimum(length, i_row + BS), BS):
+        cols = col + o_s
+        S = _products(q, k, sq_t, sk_t, rows, cols, length, K, BS, BK)
+        b_cols = tl.load(log_f + tokens + cols, mask=cols < length, other=0.0)
+        b_low_cols = tl.load(log_f_low + tokens + cols, mask=cols < length, other=0.0)
+        logi = tl.load(log_i + tokens + cols, mask=cols < length, other=float("-inf"))
+        S *= (
+            _weights(b, b_low, m, rows, b_cols, b_low_cols, logi, cols, k.dtype.element_ty == tl.float32)
+            * softmax_scale
+        )
+        # The normaliser sums what is stored: where one token makes a row, h is exactly its v.
+        S = S.to(scores.dtype.element_ty)
+        norm += tl.sum(S.to(tl.float32), 1)
+        inside, _ = _scores(rows, cols, BS)
+        tl.store(scores + inside, S)
+    den = tl.maximum(tl.abs(norm), _exp(tl.minimum(-m, LOG_FLOOR))) + eps
+    tl.store(m_rows + tokens + rows, m, mask=valid)
+    tl.store(normaliser + tokens + rows, norm, mask=valid)
+    tl.store(denominator + tokens + rows, den, mask=valid)
+    tl.store(state_weight + tokens + rows, g, mask=valid)
+
+
+@triton.jit(do_not_specialize=["T", "chunks", "R"])
+def mlstm_bwd_rows_kernel(
+    q, h, dh, log_f, log_f_low, peak, m_before, m_rows, normaliser, denominator, state_weight,
+    d_norm, dC_weight, dn_weight, query_sum, d_m, m_from_state,
+    starts, lengths, T, chunks, R, sq_t, sq_h, sh_t, sh_h, sd_t, sd_h, eps, H,
+    K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    SIGMOID: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the normaliser (times the denominator) and stabiliser of some rows, what that and the output weigh
+    in gradients of the state, and the weighted sum of queries that enters the gradient of n."""
+    BLOCKS: tl.constexpr = L // BS
+    i, i_h = tl.program_id(0), tl.program_id(1)
+    i_chunk, i_row = i // BLOCKS, i % BLOCKS * BS
+    start, length = _span(i_chunk, T, chunks, starts, lengths, L, PACKED)
+    at = i_chunk.to(tl.int64) * H + i_h
+    o_s, o_k = tl.arange(0, BS), tl.arange(0, BK)
+    rows = i_row + o_s
+    valid = rows < length
+    tokens = i_h.to(tl.int64) * R + start + rows
+    q += start * sq_t + i_h * sq_h
+    h += start * sh_t + i_h * sh_h
+    dh += start * sd_t + i_h * sd_h
+    # dh h, minus the gradient of the denominator times that. Summed like products of dh and v: where one token makes a
+    # row, h is its v, and the gradient of its score cancels exactly.
+    product = _products(dh, h, sd_t, sh_t, rows, rows, length, V, BS, BV)
+    u = tl.sum(tl.where(o_s[:, None] == o_s[None, :], product, 0.0), 1)
+    m = tl.load(m_rows + tokens, mask=valid, other=0.0)
+    den = tl.load(denominator + tokens, mask=valid, other=1.0)
+    norm = tl.load(normaliser + tokens, mask=valid, other=0.0)
+    sign = tl.where(norm > 0, -1.0, tl.where(norm < 0, 1.0, 0.0))
+    du = tl.where(tl.abs(norm) >= _exp(tl.minimum(-m, LOG_FLOOR)), sign * u, 0.0)
+    g = tl.load(state_weight + tokens, mask=valid, other=0.0) / den
+    tl.store(d_norm + tokens, du, mask=valid)
+    tl.store(dC_weight + tokens, g, mask=valid)
+    tl.store(dn_weight + tokens, g * du, mask=valid)
+    if not SIGMOID:
+        through = tl.load(log_f + tokens, mask=valid, other=0.0) + tl.load(m_before + at)
+        through += tl.load(log_f_low + tokens, mask=valid, other=0.0)
+        keeps = valid & (through >= tl.load(peak + tokens, mask=valid, other=0.0))
+        dm = -eps * u / den
+        tl.store(d_m + tokens, dm, mask=valid)
+        tl.store(m_from_state + at * BLOCKS + i % BLOCKS, tl.sum(tl.where(keeps, dm, 0.0), 0))
+    for i_k in range(0, K, BK):
+        in_k = i_k + o_k < K
+        qs = tl.load(q + rows[:, None] * sq_t + i_k + o_k[None, :], mask=valid[:, None] & in_k[None, :], other=0.0)
+        tl.store(query_sum + (at * BLOCKS + i % BLOCKS) * K + i_k + o_k, tl.sum(qs * (g * du)[:, None], 0), mask=in_k)
+
+
+@triton.jit(do_not_specialize=["T", "chunks", "R"])
+def mlstm_bwd_scores_kernel(
+    q, k, v, dh, log_f, log_f_low, log_i, m_rows, denominator, d_norm, scores, d_scores, col_sum, between,
+    starts, lengths, T, chunks, R, sq_t, sq_h, sk_t, sk_h, sv_t, sv_h, sd_t, sd_h, softmax_scale, H,
+    K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    """A block of scores over denominators, and of gradients of products of queries and keys. Gradients of the logs of
+    their weights are summed over rows (`col_sum`), and for each row over earlier tokens in rows from it on (`between`).
+    """
+    BLOCKS: tl.constexpr = L // BS
+    PAIRS: tl.constexpr = BLOCKS * (BLOCKS + 1) // 2
+    i, i_h = tl.program_id(0), tl.program_id(1)
+    i_chunk, pair = i // PAIRS, i % PAIRS
+    block = 0
+    for row in tl.static_range(1, BLOCKS):
+        block += tl.where(pair >= row * (row + 1) // 2, 1, 0)
+    start, length = _span(i_chunk, T, chunks, starts, lengths, L, PACKED)
+    if block * BS < length:
+        at = i_chunk.to(tl.int64) * H + i_h
+        plane = tl.cast(R, tl.int64) * H
+        o_s = tl.arange(0, BS)
+        rows, part = block * BS + o_s, pair - block * (block + 1) // 2
+        cols = part * BS + o_s
+        valid = rows < length
+        tokens = i_h.to(tl.int64) * R + start
+        q += start * sq_t + i_h * sq_h
+        k += start * sk_t + i_h * sk_h
+        v += start * sv_t + i_h * sv_h
+        dh += start * sd_t + i_h * sd_h
+        b = tl.load(log_f + tokens + rows, mask=valid, other=0.0)
+        b_low = tl.load(log_f_low + tokens + rows, mask=valid, other=0.0)
+        m = tl.load(m_rows + tokens + rows, mask=valid, other=float("inf"))
+        b_cols = tl.load(log_f + tokens + cols, mask=cols < length, other=0.0)
+        b_low_cols = tl.load(log_f_low + tokens + cols, mask=cols < length, other=0.0)
+        logi = tl.load(log_i + tokens + cols, mask=cols < length, other=float("-inf"))
+        inv = 1 / tl.load(denominator + tokens + rows, mask=valid, other=1.0)
+        dS = _products(dh, v, sd_t, sv_t, rows, cols, length, V, BS, BV)
+        dS = (dS + tl.load(d_norm + tokens + rows, mask=valid, other=0.0)[:, None]) * inv[:, None]
+        S = _products(q, k, sq_t, sk_t, rows, cols, length, K, BS, BK)
+        W = (
+            _weights(b, b_low, m, rows, b_cols, b_low_cols, logi, cols, k.dtype.element_ty == tl.float32)
+            * softmax_scale
+        )
+        S *= W
+        inside = (at * PAIRS + pair) * BS * BS + o_s[:, None] * BS + o_s[None, :]
+        tl.store(scores + inside, (S * inv[:, None]).to(scores.dtype.element_ty))
+        tl.store(d_scores + inside, (dS * W).to(d_scores.dtype.element_ty))
+        dD = S * dS
+        tl.store(col_sum + plane * block + tokens + cols, tl.sum(dD, 0), mask=cols < length)
+        later = tl.where(o_s[:, None] <= o_s[None, :], 1.0, 0.0).to(q.dtype.element_ty)
+        below = tl.dot(later, dD.to(q.dtype.element_ty), input_precision="ieee")
+        below = tl.sum(tl.where(rows[:, None] > cols[None, :], below, 0.0), 1)
+        tl.store(between + plane * part + tokens + rows, below, mask=valid)
+
+
+# what comes through the state and from the chunk, for a block of rows
+
+
+@triton.jit(do_not_specialize=["T", "chunks", "R"])
+def mlstm_combine_kernel(
+    x, Z, y, scores, out, state_scale, chunk_scale, denominator, rank_rows, rank_cols, factor, dots,
+    starts, lengths, T, chunks, R, sx_t, sx_h, sy_t, sy_h, so_t, so_h, sf_t, sf_h, H,
+    X: tl.constexpr, Y: tl.constexpr, L: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BX: tl.constexpr,
+    BY: tl.constexpr, BJ: tl.constexpr, Z_TRANSPOSED: tl.constexpr, S_TRANSPOSED: tl.constexpr,
+    HAS_CHUNK_SCALE: tl.constexpr, HAS_DENOMINATOR: tl.constexpr, HAS_DOTS: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """`out = scale (x Z) + scores y` for a block of rows and columns; x `[R, X]`, Z `[X, Y]` of each chunk, y `[R, Y]`.
+
+    With dots, a product of a vector of rows and one of columns is added to the part through the state, and the product
+    of each row of that part with a row of `factor` is returned.
+    """
+    BLOCKS: tl.constexpr = L // BS
+    STRIPS: tl.constexpr = L // BM
+    COLUMNS: tl.constexpr = (Y + BY - 1) // BY
+    i, i_h = tl.program_id(0), tl.program_id(1)
+    i_chunk, i_row, i_y = i // (STRIPS * COLUMNS), i // COLUMNS % STRIPS * BM, i % COLUMNS
+    start, length = _span(i_chunk, T, chunks, starts, lengths, L, PACKED)
+    if i_row < length:
+        o_s, o_x, o_y, o_j = tl.arange(0, BM), tl.arange(0, BX), i_y * BY + tl.arange(0, BY), tl.arange(0, BJ)
+        rows = i_row + o_s
+        valid, in_y = rows < length, o_y < Y
+        tokens = i_h.to(tl.int64) * R + start
+        at = i_chunk.to(tl.int64) * H + i_h
+        x += start * sx_t + i_h * sx_h
+        y += start * sy_t + i_h * sy_h
+        Z += at * X * Y
+        # through the state
+        acc = tl.zeros([BM, BY], tl.float32)
+        for i_x in range(0, X, BX):
+            in_x = i_x + o_x < X
+            xs = tl.load(x + rows[:, None] * sx_t + i_x + o_x[None, :], mask=valid[:, None] & in_x[None, :], other=0.0)
+            if Z_TRANSPOSED:
+                Zs = tl.load(Z + o_y[None, :] * X + i_x + o_x[:, None], mask=in_x[:, None] & in_y[None, :], other=0.0)
+            else:
+                Zs = tl.load(Z + (i_x + o_x)[:, None] * Y + o_y[None, :], mask=in_x[:, None] & in_y[None, :], other=0.0)
+            acc = _dot(xs, Zs, acc)
+        scale = tl.load(state_scale + tokens + rows, mask=valid, other=0.0)
+        if HAS_CHUNK_SCALE:
+            scale *= tl.load(chunk_scale + at)
+        acc *= scale[:, None]
+        if HAS_DOTS:
+            along = scale if HAS_CHUNK_SCALE else tl.load(rank_rows + tokens + rows, mask=valid, other=0.0)
+            acc += along[:, None] * tl.load(rank_cols + at * Y + o_y, mask=in_y, other=0.0)[None, :]
+            factors = tl.load(
+                factor + start * sf_t + i_h * sf_h + rows[:, None] * sf_t + o_y[None, :],
+                mask=valid[:, None] & in_y[None, :], other=0.0,
+            )  # fmt: skip
+            tl.store(dots + i_y.to(tl.int64) * H * R + tokens + rows, tl.sum(acc * factors, 1), mask=valid)
+        # from tokens of the chunk
+        first = i_row if S_TRANSPOSED else 0
+        end = tl.minimum(length, L if S_TRANSPOSED else i_row + BM)
+        scores += at * (BLOCKS * (BLOCKS + 1) // 2 * BS * BS)
+        for j in range(first, end, BJ):
+            if S_TRANSPOSED:
+                inside, stored = _scores(j + o_j, rows, BS)
+                S = tl.trans(tl.load(scores + inside, mask=stored, other=0.0))
+            else:
+                inside, stored = _scores(rows, j + o_j, BS)
+                S = tl.load(scores + inside, mask=stored, other=0.0)
+            ys = tl.load(
+                y + (j + o_j)[:, None] * sy_t + o_y[None, :],
+                mask=(j + o_j < length)[:, None] & in_y[None, :], other=0.0,
+            )  # fmt: skip
+            acc = tl.dot(S, ys, acc, input_precision="ieee")
+        if HAS_DENOMINATOR:
+            acc /= tl.load(denominator + tokens + rows, mask=valid, other=1.0)[:, None]
+        tl.store(
+            out + start * so_t + i_h * so_h + rows[:, None] * so_t + o_y[None, :],
+            acc.to(out.dtype.element_ty), mask=valid[:, None] & in_y[None, :],
+        )  # fmt: skip
+
+
+# gradients of gates
+
+
+@triton.jit
+def mlstm_bwd_decay_kernel(
+    C, n, dC, dn, decay, d_decay, H,
+    K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the log of a chunk's decay: the state before it, times the gradient of the state after it."""
+    i_chunk, i_h = tl.program_id(0), tl.program_id(1)
+    at = i_chunk.to(tl.int64) * H + i_h
+    o_k, o = tl.arange(0, BK), tl.arange(0, BLOCK)
+    product = tl.load(n + at * K + o_k, mask=o_k < K, other=0.0) * tl.load(dn + at * K + o_k, mask=o_k < K, other=0.0)
+    total = tl.sum(product, 0)
+    products = tl.zeros([BLOCK], tl.float32)
+    for i in range(0, K * V, BLOCK):
+        xs = tl.load(C + at * K * V + i + o, mask=i + o < K * V, other=0.0).to(tl.float32)
+        products += xs * tl.load(dC + at * K * V + i + o, mask=i + o < K * V, other=0.0).to(tl.float32)
+    tl.store(d_decay + at, (total + tl.sum(products, 0)) * tl.load(decay + at))
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def mlstm_bwd_stabiliser_kernel(
+    m_from_state, total, top, m_before, d_m_last, d_m_between, d_m_first, first_chunk, chunks, H,
+    PARTS: tl.constexpr, BC: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """The gradient of m after each chunk: it goes to the last row, and on where that has it from the state."""
+    i_n, i_h = tl.program_id(0), tl.program_id(1)
+    first, end = _sequence(i_n, chunks, first_chunk, PACKED)
+    carry = tl.load(d_m_last + i_n * H + i_h)
+    o_c = tl.arange(0, BC)
+    for c in range(0, end - first, BC):
+        chunk = end - 1 - c - o_c
+        valid = chunk >= first
+        at = chunk * H + i_h
+        own = tl.zeros([BC], tl.float32)
+        for part in tl.static_range(PARTS):
+            own += tl.load(m_from_state + at * PARTS + part, mask=valid, other=0.0)
+        through = tl.load(total + at, mask=valid, other=0.0) + tl.load(m_before + at, mask=valid, other=0.0)
+        keeps = tl.where(through >= tl.load(top + at, mask=valid, other=0.0), 1.0, 0.0)
+        keeps_all, own_all = tl.associative_scan((keeps, own), 0, _linear)
+        before = keeps_all * carry + own_all
+        if c == 0:
+            tl.store(d_m_between + (end - 1) * H + i_h, carry)
+        tl.store(d_m_between + at - H, before, mask=chunk - 1 >= first)
+        carry = tl.sum(tl.where(o_c == tl.minimum(end - first - c, BC) - 1, before, 0.0), 0)
+    tl.store(d_m_first + i_n * H + i_h, carry)
+
+
+@triton.jit(do_not_specialize=["T", "chunks", "R"])
+def mlstm_bwd_gates_kernel(
+    igate, fgate, log_f, log_f_low, peak, source, m_before, d_m, d_m_between, d_decay,
+    col_sum, between, q_dots, k_dots, digate, dfgate,
+    starts, lengths, T, chunks, R, si_t, si_h, sf_t, sf_h, cap, H,
+    L: tl.constexpr, BS: tl.constexpr, PARTS: tl.constexpr,
+    SIGMOID: tl.constexpr, CAPPED: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Gradients of gates from sums of the gradients of all weights: each is the exponential of a sum of log gates."""
+    i_chunk, i_h = tl.program_id(0), tl.program_id(1)
+    start, length = _span(i_chunk, T, chunks, starts, lengths, L, PACKED)
+    o_t = tl.arange(0, L)
+    valid, past = o_t < length, (o_t < length) & (o_t > 0)
+    tokens = i_h.to(tl.int64) * R + start + o_t
+    at = i_chunk.to(tl.int64) * H + i_h
+    plane = tl.cast(R, tl.int64) * H
+    # through the state to later chunks, and from earlier ones
+    from_state, to_state = tl.zeros([L], tl.float32), tl.zeros([L], tl.float32)
+    to_state_past = tl.zeros([L], tl.float64)
+    for part in tl.static_range(PARTS):
+        from_state += tl.load(q_dots + plane * part + tokens, mask=valid, other=0.0)
+        to_state += tl.load(k_dots + plane * part + tokens, mask=valid, other=0.0)
+        to_state_past += tl.load(k_dots + plane * part + tokens - 1, mask=past, other=0.0)
+    dlogi = to_state
+    dlogf = tl.load(d_decay + at) + tl.cumsum(to_state_past, 0)
+    # within the chunk: earlier tokens in the gate's own block of rows, and in later blocks
+    for block in tl.static_range(L // BS):
+        dlogf += tl.load(between + plane * block + tokens, mask=valid & (o_t >= block * BS), other=0.0)
+        seen = valid & (o_t < tl.where(length > block * BS, (block + 1) * BS, 0))
+        dlogi += tl.load(col_sum + plane * block + tokens, mask=seen, other=0.0)
+        sums_past = tl.load(col_sum + plane * block + tokens - 1, mask=seen & (o_t > 0), other=0.0)
+        dlogf += tl.where(o_t < block * BS, tl.cumsum(sums_past, 0), 0.0)
+    if not SIGMOID:
+        # through stabilisers: each comes from the state before the chunk, or from one token
+        dm = tl.load(d_m + tokens, mask=valid, other=0.0)
+        dm += tl.where(o_t == length - 1, tl.load(d_m_between + at), 0.0)
+        through = tl.load(log_f + tokens, mask=valid, other=0.0) + tl.load(m_before + at)
+        through += tl.load(log_f_low + tokens, mask=valid, other=0.0)
+        keeps = through >= tl.load(peak + tokens, mask=valid, other=float("-inf"))
+        from_state += tl.where(keeps, dm, 0.0)
+        token = tl.load(source + tokens, mask=valid, other=-1)
+        ends = token != tl.load(source + tokens + 1, mask=o_t + 1 < length, other=-1)
+        # rows of one token follow each other, the first is its own
+        _, of_token = tl.associative_scan((ends.to(tl.int32), tl.where(keeps, 0.0, dm)), 0, _segment, reverse=True)
+        dlogi += tl.where(token == o_t, of_token, 0.0)
+        dlogf += tl.where(token == o_t, 0.0, of_token)
+    dlogf += tl.cumsum(from_state.to(tl.float64), 0, reverse=True)
+    igates = tl.load(igate + start * si_t + i_h * si_h + o_t * si_t, mask=valid, other=0.0).to(tl.float64)
+    fgates = tl.load(fgate + start * sf_t + i_h * sf_h + o_t * sf_t, mask=valid, other=0.0).to(tl.float64)
+    dlogi = tl.where((igates == float("-inf")) & (fgates == float("-inf")), 0.0, dlogi)
+    if CAPPED:
+        igates, fgates = _tanh(igates / cap), _tanh(fgates / cap)
+        dlogi *= 1 - igates * igates
+        dlogf *= 1 - fgates * fgates
+        igates, fgates = cap * igates, cap * fgates
+    if SIGMOID:
+        dlogi /= 1 + tl.exp(igates)
+    dlogf /= 1 + tl.exp(fgates)
+    out = (start + o_t) * H + i_h
+    tl.store(digate + out, dlogi.to(digate.dtype.element_ty), mask=valid)
+    tl.store(dfgate + out, dlogf.to(dfgate.dtype.element_ty), mask=valid)

@@ -1,0 +1,245 @@
+"""The benchmark of ops, without a GPU: its formulas, its inputs, and what it says where there is no number."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from numerics import assert_exact
+
+from benchmarks import ops
+
+
+SMALL = ops.Shape("small", B=1, T=3, H=2, K=4, V=8)
+OP = {op.name: op for op in ops.OPS}
+MACHINE = {"gpu": "a GPU", "torch": "2", "triton": "3", "copy GB/s": 2000.0, "matmul TFLOP/s": 500.0}
+
+
+def fake_measurement(self, function, *args):
+    """Ours takes 2 ms, peers 3 ms; the ceilings are those of `MACHINE`."""
+    if function is ops.ceilings:
+        return (2000.0, 500.0), ""
+    return ((2.0 if args[-1] == ops.OURS else 3.0), 0.5), ""
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A GPU and all peers, as far as anyone asks, and green tests."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(ops, "find_spec", lambda package: package)
+    monkeypatch.setattr(ops, "obstacle", lambda tests: "")
+    monkeypatch.setattr(ops.Worker, "attempt", fake_measurement)
+
+
+@pytest.fixture
+def cpu(monkeypatch):
+    monkeypatch.setattr(ops, "DEVICE", "cpu")
+
+
+def rows_of_all_ops():
+    return [
+        ops.row_of(op, shape, peer, (2.0 + i, 0.5), "", (2.0, 0.5), MACHINE)
+        for op in ops.OPS
+        for shape in op.shapes
+        for i, peer in enumerate(op.implementations)
+    ]
+
+
+# what is counted
+
+
+def test_bytes_and_flops_are_those_counted_by_hand():
+    tokens = 1 * 3 * 2
+    q, k, v, gates, h = tokens * 4 * 2, tokens * 4 * 2, tokens * 8 * 2, tokens * 2 * 4, tokens * 8 * 2
+    assert OP["mlstm forward"].traffic(SMALL) == q + k + v + gates + h == 336
+    backward = (q + k + v + gates + h) + (q + k + v + gates)
+    assert OP["mlstm forward + backward"].traffic(SMALL) == 336 + backward == 912
+    # k v^T and q C, then q k^T and (q k^T) v with (256 + 1) / 2 tokens
+    assert OP["mlstm forward"].flops(SMALL) == tokens * (2 * 32 + 2 * 32 + 257 * 4 + 257 * 8) == 19272
+    assert OP["mlstm forward + backward"].flops(SMALL) == 3 * 19272
+    state, token = 2 * (32 + 4 + 1) * 4, 2 * (4 + 4 + 8 + 8) * 2 + 2 * 2 * 4
+    assert OP["mlstm step"].traffic(SMALL) == 2 * state + token == 704
+    assert OP["mlstm step"].flops(SMALL) == 2 * (2 * 32 + 2 * 32)
+    assert OP["gated head norm"].traffic(SMALL) == 3 * (tokens * 8 * 2) + 16 * 2 == 320
+    assert OP["gated head norm"].flops(SMALL) == 0
+
+
+@pytest.mark.parametrize("op", ["mlstm forward", "mlstm step", "gated head norm"])
+def test_bytes_are_those_of_inputs_and_outputs(op, cpu):
+    x = OP[op].inputs(SMALL)
+    output = x["h" if op == "gated head norm" else "v"]
+    written = [output, *(x[name] for name in ("C", "n", "m") if name in x)]
+    assert OP[op].traffic(SMALL) == sum(t.nbytes for t in [*x.values(), *written])
+
+
+def test_a_share_is_the_time_at_the_ceiling_and_not_of_what_computes_something_else():
+    op = OP["mlstm forward"]
+    ours, *_, attention = op.implementations
+    row = ops.row_of(op, op.shapes[0], ours, (2.0, 0.5), "", (2.0, 0.5), MACHINE)
+    assert row["of copy"] == pytest.approx(op.traffic(op.shapes[0]) / 2e-3 / 2000e9)
+    assert row["of matmul"] == pytest.approx(op.flops(op.shapes[0]) / 2e-3 / 500e12)
+    row = ops.row_of(op, op.shapes[0], attention, (3.0, 0.5), "", (2.0, 0.5), MACHINE)
+    assert row["of ours"] == 1.5
+    assert row["of copy"] is None and row["of matmul"] is None and "attention" in row["remark"]
+
+
+def test_names_are_unique_and_ours_comes_first():
+    assert len(OP) == len(ops.OPS)
+    for op in ops.OPS:
+        for names in ([shape.name for shape in op.shapes], [peer.name for peer in op.implementations]):
+            assert len(set(names)) == len(names)
+        assert op.implementations[0].name == ops.OURS
+
+
+# what runs
+
+
+@pytest.mark.parametrize("op", OP)
+def test_every_op_has_tests_that_exist(op):
+    files = [ops.ROOT / argument.partition("::")[0] for argument in OP[op].tests if not argument.startswith("-")]
+    assert files and all(file.is_file() for file in files)
+
+
+@pytest.mark.parametrize("op", ["mlstm forward", "mlstm forward + backward"])
+def test_a_peer_runs_in_a_layout_of_its_own(op, cpu):
+    shape = ops.Shape("small", B=2, T=5, H=2, K=64, V=128)
+    (sdpa,) = (peer for peer in OP[op].implementations if peer.name == "sdpa")
+    h, *grads = ops.prepared(OP[op], shape, sdpa)()
+    assert h.shape == (2, 2, 5, 128)
+    assert [grad.shape for grad in grads] == ([h.shape] * 3 if OP[op].backward else [])
+
+
+def test_the_formula_of_the_head_norm_is_right(cpu):
+    (formula,) = (peer for peer in OP["gated head norm"].implementations if peer.name == "formula")
+    x = {name: t.double() for name, t in OP["gated head norm"].inputs(SMALL).items()}
+    h = x["h"] - x["h"].mean(-1, keepdim=True)
+    h = h / (h.square().mean(-1, keepdim=True) + ops.EPS).sqrt()
+    assert_exact(formula.load()(**x), h.flatten(-2) * x["weight"] / (1 + (-x["o"]).exp()))
+
+
+def test_the_module_imports_no_peer_and_no_triton():
+    packages = {"triton", *(peer.package for op in ops.OPS for peer in op.implementations)} - {"torch"}
+    code = f"import sys, benchmarks.ops; print({packages} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ops.ROOT, capture_output=True, text=True)
+    assert run.stdout == "set()\n"
+
+
+def test_inputs_fit_our_ops(cpu):
+    from modeling_xlstm import MLSTMState, mlstm_chunkwise, mlstm_step
+
+    h, _ = mlstm_chunkwise(**OP["mlstm forward"].inputs(SMALL))
+    assert h.shape == (1, 3, 2, 8)
+    x = OP["mlstm step"].inputs(SMALL)
+    state = MLSTMState(*(x.pop(name) for name in MLSTMState._fields))
+    assert mlstm_step(**x, state=state)[0].shape == (1, 2, 8)
+
+
+def test_a_process_that_ends_is_a_sentence_and_the_next_one_works():
+    worker = ops.Worker()
+    result, error = worker.attempt(os._exit, 3)
+    assert result is None and "terminated abruptly" in error
+    assert worker.attempt(int, "no number") == (
+        None,
+        "ValueError: invalid literal for int() with base 10: 'no number'",
+    )
+    assert worker.attempt(abs, -3) == (3, "")
+    worker.close()
+
+
+# what is said
+
+
+@pytest.mark.parametrize(
+    "test, sentence", [("assert True", ""), ("assert False", "1 failed"), ("__import__('pytest').skip()", "1 skipped")]
+)
+def test_only_tests_that_pass_are_green(tmp_path, test, sentence):
+    file = tmp_path / "test_it.py"
+    file.write_text(f"def test_it():\n    {test}\n")
+    found = ops.obstacle((str(file),))
+    assert sentence in found and bool(found) == bool(sentence)
+
+
+def test_tests_that_are_not_there_are_not_green():
+    assert "no tests ran" in ops.obstacle(("tests/test_of_nothing.py",))
+
+
+def test_a_red_test_means_no_number(machine, monkeypatch, capsys):
+    red = OP["mlstm forward"].tests
+    monkeypatch.setattr(ops, "obstacle", lambda tests: "1 failed" if tests == red else "")
+    ops.main([])
+    sections = dict(text.split(":", 1) for text in capsys.readouterr().out.split("\n\nmlstm ")[1:])
+    for op in ("forward", "forward + backward"):
+        assert "No speed without correct results: 1 failed" in sections[op]
+        assert "|" not in sections[op] and "2.0000" not in sections[op]
+    assert "| 7B-1-token | modeling_xlstm | 2.0000 | 1.00 | 0.50 |" in sections["step"]
+
+
+def test_nothing_measured_is_an_error(machine, monkeypatch):
+    monkeypatch.setattr(ops, "obstacle", lambda tests: "1 failed")
+    with pytest.raises(SystemExit, match="Nothing was measured."):
+        ops.main([])
+
+
+def test_a_missing_peer_is_a_sentence(machine, monkeypatch, capsys):
+    monkeypatch.setattr(ops, "find_spec", lambda package: None if package == "fla" else package)
+    ops.main(["--op", "mlstm forward"])
+    printed = capsys.readouterr().out
+    assert printed.count("Not measured: fla, which is not installed.") == 1
+    assert "simple_gla" not in printed and "| 7B | sdpa | 3.0000 | 1.50 |" in printed
+
+
+def test_a_peer_that_fails_is_a_sentence(machine, monkeypatch, capsys):
+    def attempt(self, function, *args):
+        return (None, "RuntimeError: no") if "sdpa" in args else fake_measurement(self, function, *args)
+
+    monkeypatch.setattr(ops.Worker, "attempt", attempt)
+    ops.main(["--op", "mlstm forward", "--shape", "7B"])
+    assert "| 7B | sdpa |  |  |  |  |  | RuntimeError: no |" in capsys.readouterr().out
+
+
+def test_peers_and_shapes_can_be_chosen(machine, capsys):
+    ops.main(["--op", "mlstm forward", "--shape", "1M", "--peers", "mlstm_kernels", "sdpa"])
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| 1M")]
+    kernels = ["limit_chunk-64", "xl_chunk-128", "xl_chunk-256", "xl_siging-128"]
+    assert [line[1] for line in lines] == ["modeling_xlstm", *kernels, "sdpa"]
+    ops.main(["--op", "mlstm forward"])
+    assert "1M" not in capsys.readouterr().out
+
+
+def test_a_table_survives_its_file(machine, tmp_path):
+    file = tmp_path / "ops.csv"
+    ops.main(["--csv", str(file)])
+    rows = ops.read(file)
+    assert len(rows) == sum(len(op.implementations) * sum(not s.optional for s in op.shapes) for op in ops.OPS)
+    assert {"bytes", "FLOPs", "of copy", "of matmul", "extra GiB", "chunk", *ops.TEXTS, *ops.SHOWN} <= rows[0].keys()
+    ops.write(rows_of_all_ops(), file)
+    assert ops.read(file) == rows_of_all_ops()
+
+
+@pytest.mark.parametrize("suffix, start", [("svg", b"<?xml"), ("png", b"\x89PNG")])
+def test_a_table_is_drawn_without_a_gpu(tmp_path, suffix, start):
+    table, plot = tmp_path / "ops.csv", tmp_path / f"ops.{suffix}"
+    ops.write(rows_of_all_ops(), table)
+    ops.main(["--from-csv", str(table), "--plot", str(plot)])
+    assert plot.read_bytes().startswith(start)
+
+
+@pytest.mark.parametrize("arguments", [["--from-csv", "ops.csv"], ["--plot", "ops.jpeg"]])
+def test_what_cannot_be_drawn_is_refused_in_a_sentence(arguments, capsys):
+    with pytest.raises(SystemExit):
+        ops.main(arguments)
+    assert "Drawing needs matplotlib and --plot with a file that ends in .svg or .png" in capsys.readouterr().err
+
+
+def test_without_a_gpu_the_command_ends_in_a_sentence():
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.ops"],
+        cwd=ops.ROOT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1 and not run.stdout
+    assert run.stderr == "Ops are measured on a CUDA GPU, and PyTorch finds none here.\n"

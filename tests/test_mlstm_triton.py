@@ -1,0 +1,343 @@
+"""The Triton kernels of the mLSTM against the definition, on a GPU or (float32, float16) in Triton's interpreter."""
+
+import math
+from functools import partial
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import (
+    PACKED,
+    REGIMES,
+    fresh,
+    in_two,
+    mlstm_inputs,
+    outputs_and_grads,
+    packed,
+    padded,
+    padding_mask,
+    rounded,
+    strided,
+)
+from numerics import assert_each, assert_matches
+
+from modeling_xlstm.backends import INTERPRETED
+from modeling_xlstm.fused import soft_cap
+from modeling_xlstm.mlstm import MLSTMState, mlstm_chunkwise
+
+
+pytest.importorskip("triton")
+GPU = torch.cuda.is_available()
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.skipif(not (GPU or INTERPRETED), reason="needs a GPU, or TRITON_INTERPRET=1"),
+]
+
+DEVICE = torch.device("cuda" if GPU else "cpu")
+INPUTS = ("q", "k", "v", "igate", "fgate")
+INPUT_GATES = ("exp", "sigmoid")
+BATCH = 8 if GPU else 3  # enough rows to measure errors
+# The interpreter has no products in bfloat16.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16) if GPU else (torch.float32,)
+HALVES = (torch.float16, torch.bfloat16) if GPU else (torch.float16,)
+
+
+def chunkwise(x, backend, **options):
+    return mlstm_chunkwise(
+        *(x[name] for name in INPUTS), MLSTMState(x["C"], x["n"], x["m"]), backend=backend, **options
+    )
+
+
+def on_gpu(x, cu_seqlens=None, mask=None, **options):
+    """The Triton backend, for inputs and results on the CPU."""
+    options |= {"cu_seqlens": cu_seqlens, "mask": mask}
+    options = {name: o.to(DEVICE) if isinstance(o, torch.Tensor) else o for name, o in options.items()}
+    h, state = chunkwise({name: t.to(DEVICE) for name, t in x.items()}, "triton", **options)
+    return h.cpu(), MLSTMState(*(t.cpu() for t in state))
+
+
+def plain(x, input_gate="exp", gate_soft_cap=None, eps=1e-6, cu_seqlens=None):
+    """The parallel form of the paper in plain PyTorch, products in the dtype of the inputs, gates in float32.
+
+    Results are rounded to that dtype, states too: they are sums of products of rounded operands. The gradient of the
+    denominator comes from the rounded output, as in every implementation that keeps its output and no numerator.
+    """
+    bounds = [0, x["q"].shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+    dtype, outputs, states = x["q"].dtype, [], []
+    for row, (start, end) in enumerate(pairwise(bounds)):
+        C, n, m = (x[name] if cu_seqlens is None else x[name][row : row + 1] for name in ("C", "n", "m"))
+        if start < end:
+            tokens = [x[name][:, start:end].transpose(1, 2) for name in INPUTS]
+            h, C, n, m = _parallel(*tokens, C, n, m, input_gate, gate_soft_cap, eps)
+            outputs.append(h.transpose(1, 2))
+        states.append((C, n, m))
+    state = (torch.cat(parts).to(dtype).float() for parts in zip(*states, strict=True))
+    return torch.cat(outputs, 1), MLSTMState(*state)
+
+
+def _parallel(q, k, v, igate, fgate, C, n, m, input_gate, gate_soft_cap, eps):
+    dtype, T = q.dtype, q.shape[2]
+    igate, fgate = (soft_cap(gate.float(), gate_soft_cap) for gate in (igate, fgate))
+    logf = F.logsigmoid(fgate)
+    closed = torch.isneginf(igate) & torch.isneginf(fgate)
+    k, igate = k.masked_fill(closed[..., None], 0.0), igate.masked_fill(closed, 0.0)
+    igate = F.logsigmoid(igate) if input_gate == "sigmoid" else igate
+    causal = torch.ones(T, T, dtype=torch.bool).tril()
+    D = logf[..., None].expand(*logf.shape, T).masked_fill(~causal.tril(-1), 0.0).cumsum(-2) + igate[..., None, :]
+    D, through = D.masked_fill(~causal, -math.inf), logf.cumsum(-1)
+    m_rows = torch.zeros_like(through)
+    if input_gate == "exp":
+        through = through + m[..., None]
+        m_rows = torch.maximum(through, D.max(-1)[0])
+    W, g = (D - m_rows[..., None]).exp(), (through - m_rows).exp()
+    S = (q @ k.mT) * (W * q.shape[-1] ** -0.5).to(dtype)
+    q = q * (g * q.shape[-1] ** -0.5)[..., None].to(dtype)
+    normaliser = S.float().sum(-1) + (q.float() * n[..., None, :]).sum(-1)
+    denominator = torch.maximum(normaliser.abs(), (-m_rows).clamp(max=80.0).exp()) + eps
+    h = (S @ v + q @ C.to(dtype)) / denominator.detach()[..., None].to(dtype)
+    h = h + h.detach() * (1 - denominator / denominator.detach())[..., None].to(dtype)
+    k = k * W[..., -1, :, None].to(dtype)
+    C = g[..., -1, None, None] * C + (k.mT @ v).float()
+    return h, C, g[..., -1, None] * n + k.float().sum(-2), m_rows[..., -1]
+
+
+def results(x, dtype, way=lambda op: op, **options):
+    """Outputs, final state and all gradients of the kernels, for inputs `x` in `dtype` that `way` feeds to an op, those
+    of the definition in float64, and those of a baseline.
+
+    The baseline of each is the less exact of our PyTorch backend, which computes in float32, and plain PyTorch. Where
+    gradients cancel either may be exact by the order of its sums.
+    """
+    x = rounded(x, dtype)
+    fixed = {}
+    if options.get("input_gate") == "sigmoid":
+        fixed = {"m": torch.zeros_like(x.pop("m"))}  # no input
+
+    def held(op):
+        return lambda t, **more: op(t | {name: m.to(t["C"].dtype) for name, m in fixed.items()}, **more)
+
+    torch_backend = partial(chunkwise, backend="torch", **options)
+    oracle = outputs_and_grads(way(held(torch_backend)), {name: t.double() for name, t in x.items()})
+    ops = (partial(on_gpu, **options), torch_backend, partial(plain, **options))
+    actual, *baselines = (outputs_and_grads(way(held(op)), x) for op in ops)
+
+    def error(baseline, name):
+        return (baseline[name].double() - oracle[name]).square().mean()
+
+    baseline = {name: max(baselines, key=lambda b, name=name: error(b, name))[name] for name in oracle}
+    return actual, oracle, baseline
+
+
+def assert_correct(x, dtype, way=lambda op: op, **options):
+    assert_each(assert_matches, *results(x, dtype, way, **options))
+
+
+@pytest.mark.parametrize("input_gate", INPUT_GATES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T", [1, 63, 64, 65, 200, 300] if GPU else [1, 65])
+def test_any_length_is_right(T, dtype, input_gate):
+    assert_correct(mlstm_inputs(BATCH, T, aligned=True), dtype, input_gate=input_gate)
+
+
+@pytest.mark.parametrize("input_gate", INPUT_GATES if GPU else ("exp",))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("regime", [*REGIMES[1:], "closed"] if GPU else ["keep", "overwrite", "closed"])
+def test_extreme_gates_are_right(regime, dtype, input_gate):
+    assert_correct(mlstm_inputs(BATCH, 150, regime=regime), dtype, input_gate=input_gate)
+
+
+SHAPES = [(3, 33, 2, 16, 16), (2, 70, 2, 24, 96), (2, 9, 3, 17, 33)]
+LARGE = [(4, 300, 2, 64, 128), (4, 270, 2, 192, 192), (4, 520, 2, 128, 256), (4, 520, 2, 256, 512), (2, 600, 9, 8, 4)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("B, T, H, K, V", SHAPES + LARGE if GPU else SHAPES)
+def test_any_head_size_is_right(B, T, H, K, V, dtype):
+    assert_correct(mlstm_inputs(B, T, H, K, V, aligned=True), dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_half_precision_is_right(dtype):
+    assert_correct(mlstm_inputs(2, 40, 2, 24, 17, aligned=True), dtype)
+
+
+@pytest.mark.parametrize("input_gate", INPUT_GATES if GPU else ("exp",))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_sequences_are_right(dtype, input_gate):
+    x = mlstm_inputs(1, sum(PACKED), rows=len(PACKED), aligned=True)
+    assert_correct(x, dtype, packed, input_gate=input_gate)
+
+
+@pytest.mark.skipif(not GPU, reason="too slow in the interpreter")
+def test_many_packed_sequences_are_right():
+    lengths = (300, 1, 0, 255, 256, 257, 512, 0, 33)
+    x = mlstm_inputs(1, sum(lengths), rows=len(lengths), aligned=True)
+    assert_correct(x, torch.bfloat16, partial(packed, lengths=lengths))
+
+
+@pytest.mark.parametrize("side", ["left", "scattered"])
+def test_padding_is_right(side):
+    """Against the PyTorch backend, whose padding has tests of its own."""
+    mask = padding_mask(side)
+    x = rounded(mlstm_inputs(1, sum(PACKED), rows=len(PACKED), aligned=True), torch.float32)
+    oracle = {name: t.double() for name, t in x.items()}
+    torch_backend = partial(chunkwise, backend="torch")
+    results = [
+        outputs_and_grads(padded(op, mask), tensors)
+        for op, tensors in ((on_gpu, x), (torch_backend, oracle), (torch_backend, x))
+    ]
+    assert_each(assert_matches, *results)
+
+
+@pytest.mark.parametrize("input_gate", INPUT_GATES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_soft_cap_on_gates_is_right(dtype, input_gate):
+    x = mlstm_inputs(2, 70, aligned=True)
+    x |= {name: 10 * x[name] for name in ("igate", "fgate")}
+    assert_correct(x, dtype, input_gate=input_gate, gate_soft_cap=5.0)
+
+
+def test_padding_and_a_soft_cap_go_together():
+    mask = padding_mask("left")
+    x = rounded(mlstm_inputs(1, sum(PACKED), rows=len(PACKED), aligned=True), torch.float32)
+    ops = [partial(op, gate_soft_cap=2.0) for op in (on_gpu, partial(chunkwise, backend="torch"))]
+    h, expected = (padded(op, mask)(x)[0] for op in ops)
+    torch.testing.assert_close(h, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["sparse", "reversed"])
+def test_views_that_are_not_contiguous_are_right(layout):
+    assert_correct(mlstm_inputs(2, 40, aligned=True), torch.float32, partial(strided, layout=layout))
+
+
+def test_a_fused_projection_needs_no_copies():
+    """q, k and v as the layers have them: slices of one tensor, read where they are."""
+    B, T, H, K, V = 2, 40, 2, 16, 32
+    x = torch.randn(B, T, 2 * H * K + H * V, device=DEVICE)
+    q, k, v = x.split((H * K, H * K, H * V), -1)
+    q, k, v = q.unflatten(-1, (H, K)), k.unflatten(-1, (H, K)), v.unflatten(-1, (H, V))
+    igate, fgate = torch.randn(B, T, 2 * H, device=DEVICE).chunk(2, -1)
+    h, state = mlstm_chunkwise(q, k, v, igate, fgate, backend="triton")
+    dense = (t.contiguous() for t in (q, k, v, igate, fgate))
+    h_dense, state_dense = mlstm_chunkwise(*dense, backend="triton")
+    assert torch.equal(h, h_dense)
+    assert all(map(torch.equal, state, state_dense))
+
+
+@pytest.mark.parametrize("split", [1, 64, 77] if GPU else [65])
+def test_a_sequence_in_two_parts_is_right(split):
+    assert_correct(mlstm_inputs(2, 130, aligned=True), torch.float32, partial(in_two, split=split))
+
+
+def test_two_runs_are_bit_equal():
+    x = rounded(mlstm_inputs(2, 140, aligned=True), DTYPES[-1])
+    first, second = (outputs_and_grads(on_gpu, x) for _ in range(2))
+    for name, result in first.items():
+        assert torch.equal(result, second[name]), name
+
+
+def test_gradients_of_parts_of_the_outputs_are_right():
+    x = rounded(mlstm_inputs(2, 40, aligned=True), torch.float32)
+    for pick in (0, 1, 2, 3):
+        grads = []
+        for op in (on_gpu, partial(chunkwise, backend="torch")):
+            leaves = {name: t.clone().requires_grad_() for name, t in x.items()}
+            h, state = op(leaves)
+            weight = torch.linspace(-1, 1, (h, *state)[pick].numel()).view_as((h, *state)[pick])
+            loss = ((h, *state)[pick] * weight).sum()
+            grads.append(torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True))
+        for name, actual, expected in zip(x, *grads, strict=True):
+            scale = expected.abs().max().item()
+            torch.testing.assert_close(actual, expected, atol=2e-5 * max(scale, 1e-3), rtol=1e-4, msg=name)
+
+
+def test_unneeded_gradients_are_left_out():
+    x = rounded(fresh(mlstm_inputs(2, 17)), torch.float32)
+    v = x["v"].clone().requires_grad_()
+    h, state = on_gpu(x | {"v": v})
+    assert h.requires_grad and all(t.requires_grad for t in state)
+    (grad,) = torch.autograd.grad(h.sum(), v)
+    assert grad.isfinite().all()
+    with torch.no_grad():
+        assert not on_gpu(x | {"v": v})[0].requires_grad
+
+
+@pytest.mark.parametrize("bounds", [None, [0, 7, 7, 19]], ids=["batch", "packed"])
+def test_the_op_keeps_the_promises_of_a_custom_op(bounds):
+    x = rounded(mlstm_inputs(1, 19, 2, 4, 3, rows=None if bounds is None else len(bounds) - 1), torch.float32)
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
+    tensors = [t.to(DEVICE).requires_grad_() for t in x.values()]
+    # what the backward pass reads again has no gradient, which the autograd check of opcheck asks for
+    torch.library.opcheck(
+        torch.ops.modeling_xlstm.mlstm_chunkwise_triton,
+        (*tensors, cu_seqlens, "exp", None, 1e-6),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
+
+
+def test_it_is_one_op_to_a_compiler():
+    x = {name: t.to(DEVICE) for name, t in rounded(mlstm_inputs(2, 19), torch.float32).items()}
+    leaves = [{name: t.clone().requires_grad_() for name, t in x.items()} for _ in range(2)]
+    op = partial(chunkwise, backend="triton")
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    grads = []
+    for run, tensors in zip((op, compiled), leaves, strict=True):
+        h, state = run(tensors)
+        loss = h.square().sum() + sum(t.sum() for t in state)
+        grads.append(torch.autograd.grad(loss, list(tensors.values())))
+    assert all(map(torch.equal, *grads))
+
+
+@pytest.mark.skipif(not GPU, reason="counts what is compiled for a GPU")
+def test_nothing_is_compiled_again_for_another_batch_or_length():
+    from modeling_xlstm import mlstm_triton
+
+    kernels = [x for name, x in vars(mlstm_triton).items() if name.endswith("_kernel")]
+
+    def run(B, T):
+        x = rounded(mlstm_inputs(B, T, 2, 24, 40), torch.bfloat16)
+        outputs_and_grads(on_gpu, x)
+        return sum(len(cache) for kernel in kernels for cache, *_ in kernel.device_caches.values())
+
+    compiled = run(1, 1)
+    assert compiled > 0
+    assert [run(B, T) for B, T in ((2, 17), (3, 256), (16, 16), (5, 513))] == [compiled] * 4
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_auto_is_triton_on_a_gpu_and_torch_where_it_cannot_serve():
+    x = {name: t.to(DEVICE) for name, t in mlstm_inputs(2, 19).items()}
+    single = rounded(x, torch.float32)
+    assert torch.equal(chunkwise(single, "auto")[0], chunkwise(single, "triton")[0])
+    assert torch.equal(chunkwise(x, "auto")[0], chunkwise(x, "torch")[0])
+
+
+def test_float64_is_refused_with_the_reason():
+    x = {name: t.to(DEVICE) for name, t in mlstm_inputs(2, 5).items()}
+    with pytest.raises(NotImplementedError, match="the kernels take float16, bfloat16 and float32, not float64"):
+        chunkwise(x, "triton")
+
+
+@pytest.mark.skipif(not GPU, reason="too slow in the interpreter")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_random_shapes_are_right(dtype):
+    """All shapes together, each tensor in units of its largest entry: a few numbers are no measure of an error."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*choices):
+        return choices[int(torch.randint(len(choices), (), generator=generator))]
+
+    together: dict[str, list[tuple[torch.Tensor, ...]]] = {}
+    for seed in range(67):  # 200 in all dtypes
+        K, V = draw((16, 16), (24, 96), (64, 64), (40, 192), (128, 256), (192, 24), (96, 128), (256, 512))
+        B, T, H = draw(1, 2, 3, 5), int(torch.randint(1, 700, (), generator=generator)), draw(1, 2, 4)
+        x = mlstm_inputs(B, T, H, K, V, aligned=True, seed=seed)
+        actual, oracle, baseline = results(x, dtype, input_gate=draw("exp", "sigmoid"))
+        for name, expected in oracle.items():
+            assert actual[name].dtype == baseline[name].dtype, (name, x["q"].shape, V)
+            scale = expected.abs().max().clamp(min=1e-300)
+            scaled = ((t.double() / scale).flatten() for t in (actual[name], expected, baseline[name]))
+            together.setdefault(name, []).append(tuple(scaled))
+    for name, parts in together.items():
+        assert_matches(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)), name)

@@ -1,0 +1,75 @@
+"""Whole models on the Triton kernels compute what they do on PyTorch."""
+
+import pytest
+import torch
+from models import tiny_model
+
+from modeling_xlstm.backends import INTERPRETED
+
+
+pytest.importorskip("triton")
+GPU = torch.cuda.is_available()
+pytestmark = pytest.mark.skipif(not (GPU or INTERPRETED), reason="needs a GPU, or TRITON_INTERPRET=1")
+
+DEVICE = torch.device("cuda" if GPU else "cpu")
+KINDS = ["post_up", "pre_up"]
+
+
+def pair(kind, dtype=torch.float32):
+    """The same model on PyTorch and on Triton."""
+    return [tiny_model(kind, backend=backend).to(DEVICE, dtype) for backend in ("torch", "triton")]
+
+
+def ids(B, T):
+    return torch.randint(1, 60, (B, T), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_and_gradients_are_those_of_pytorch(kind):
+    tokens, results = ids(2, 9), []
+    for model in pair(kind):
+        out = model(tokens, labels=tokens)
+        out.loss.backward()
+        results.append((out.logits, {name: p.grad for name, p in model.named_parameters()}))
+    (logits, grads), (logits_triton, grads_triton) = results
+    torch.testing.assert_close(logits_triton, logits, atol=1e-4, rtol=1e-4)
+    for name, grad in grads.items():
+        scale = grad.abs().max().item()
+        torch.testing.assert_close(grads_triton[name], grad, atol=1e-4 * scale + 1e-9, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_padded_prefill_and_steps_are_those_of_pytorch(kind):
+    tokens, mask = ids(2, 8), torch.ones(2, 8, dtype=torch.long, device=DEVICE)
+    mask[1, :3] = 0
+    results = []
+    for model in pair(kind):
+        first = model(tokens[:, :6], attention_mask=mask[:, :6], use_cache=True)
+        second = model(tokens[:, 6:7], attention_mask=mask[:, :7], past_key_values=first.past_key_values)
+        third = model(tokens[:, 7:], attention_mask=mask, past_key_values=second.past_key_values)
+        results.append(torch.cat((first.logits, second.logits, third.logits), 1)[mask.bool()])
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_generates_what_pytorch_generates(kind):
+    options = {"max_new_tokens": 3, "do_sample": False}
+    texts = [model.generate(ids(2, 5), **options) for model in pair(kind)]
+    assert torch.equal(*texts)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_models_agree(kind):
+    tokens = ids(2, 70)
+    logits, logits_triton = (model(tokens).logits.float() for model in pair(kind, torch.bfloat16))
+    assert (logits - logits_triton).norm() <= 0.02 * logits.norm()
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_a_compiled_model_has_one_graph():
+    tokens = ids(2, 70)
+    _, model = pair("post_up")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(tokens).logits, model(tokens).logits, atol=1e-5, rtol=1e-5)
