@@ -77,14 +77,15 @@ def mlstm_chunkwise(
     if not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"chunk_size must be an integer of at least 1, got {chunk_size}.")
     backend = resolve(backend, q)
-    state = _check_state(state, q, v, sequences)
+    if state is not None or backend == "torch":
+        state = _check_state(state, q, v, sequences)
     if backend == "torch" or mask is not None:
         igate, fgate, gate_soft_cap = soft_cap(igate, gate_soft_cap), soft_cap(fgate, gate_soft_cap), None
     q, k, v, igate, fgate = hold_padding(q, k, v, igate, fgate, mask)
     with full_precision(q.device):
         if backend == "triton":
             h, *last, _, _, _, _, _ = mlstm_chunkwise_triton(
-                q, k, v, igate, fgate, *state, cu_seqlens, input_gate, gate_soft_cap, eps
+                q, k, v, igate, fgate, *(state or (None, None, None)), cu_seqlens, input_gate, gate_soft_cap, eps
             )
         else:
             k, igate = clear_closed(k, igate, fgate)

@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from .checks import full_precision
@@ -51,9 +50,18 @@ class _Blocks(NamedTuple):
     combine: tuple[int, int, int, int, int, int]  # rows; columns of x and out, tokens at once; warps and stages
 
 
+def _power_of_2(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+def _blocks_of(size: int, block: int) -> int:
+    """How many blocks cover a size."""
+    return -(-size // block)
+
+
 def _tile(size: int, most: int) -> int:
     """The size of a block that covers `size`, or `most`: a power of two, and what a product takes at least."""
-    return max(16, min(most, triton.next_power_of_2(size)))
+    return max(16, min(most, _power_of_2(size)))
 
 
 def _blocks(q: Tensor, V: int) -> _Blocks:
@@ -86,7 +94,7 @@ class _Chunks(NamedTuple):
 
 
 def _cut(B: int, T: int, cu_seqlens: Tensor | None, L: int) -> _Chunks:
-    chunks = triton.cdiv(T, L)
+    chunks = _blocks_of(T, L)
     if cu_seqlens is None:
         return _Chunks(T, _aligned(B * T), chunks, B * chunks, B)
     bounds = cu_seqlens.to(torch.int64)
@@ -116,16 +124,17 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 
 def _run_state(x, y, weight, scale, decay, vectors, first, between, ends, cut, blocks):
-    """Launches `mlstm_state_kernel`, in reverse without `scale`; `first`, `between` and `ends` are pairs of C and n."""
+    """Launches `mlstm_state_kernel`, in reverse without `scale`; `first`, `between` and `ends` are C and n."""
     BT, BK, BV, warps, stages = blocks.state
     _, H, K = x.shape
     V = y.shape[-1]
     BK, BV = _tile(K, BK), _tile(V, BV)
-    mlstm_state_kernel[(cut.sequences * triton.cdiv(K, BK) * triton.cdiv(V, BV), H)](
-        x, y, weight, scale, decay, vectors, *first, *between, *ends,
+    mlstm_state_kernel[(cut.sequences * _blocks_of(K, BK) * _blocks_of(V, BV), H)](
+        x, y, weight, scale, decay, vectors, *(t if t is None else t.contiguous() for t in first), *between, *ends,
         cut.starts, cut.lengths, cut.first, cut.T, cut.chunks, cut.R, *_strides(x, y), H,
         K=K, V=V, L=blocks.L, BT=BT, BK=BK, BV=BV, PARTS=vectors.shape[2], REVERSE=scale is None,
-        HAS_FIRST=first[0] is not None, PACKED=cut.starts is not None, num_warps=warps, num_stages=stages,
+        HAS_FIRST=first[0] is not None, HAS_END=ends[0] is not None, PACKED=cut.starts is not None,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
@@ -136,7 +145,7 @@ def _run_combine(x, Z, y, scores, out, state_scale, cut, blocks, *, chunk_scale=
     Y = y.shape[-1]
     BM, BX, BY, BJ, warps, stages = blocks.combine
     BX, BY = _tile(X, BX), _tile(Y, BY)
-    grid = (cut.total * (blocks.L // BM) * triton.cdiv(Y, BY), H)
+    grid = (cut.total * (blocks.L // BM) * _blocks_of(Y, BY), H)
     mlstm_combine_kernel[grid](
         x, Z, y, scores, out, state_scale, chunk_scale, denominator, *rank, factor, dots,
         cut.starts, cut.lengths, cut.T, cut.chunks, cut.R, *_strides(x, y, out, x if factor is None else factor), H,
@@ -154,10 +163,13 @@ def _state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @torch.library.custom_op("modeling_xlstm::mlstm_chunkwise_triton", mutates_args=())
 def mlstm_chunkwise(
-    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, C: Tensor, n: Tensor, m: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, C: Tensor | None, n: Tensor | None, m: Tensor | None,
     cu_seqlens: Tensor | None, input_gate: str, gate_soft_cap: float | None, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """h `[B, T, H, V]` in the dtype of v, the final C, n, m, and what the backward pass reads again:
+    """h `[B, T, H, V]` in the dtype of v, the final C, n, m, and what the backward pass reads again. Without an initial
+    C, n and m, all three, sequences start from zeros.
+
+    What is read again is
 
     numbers of tokens `[9, H, R]`, the token that each row has its stabiliser from `[H, R]`, numbers of chunks
     `[5, N, H]`, and C and n before each chunk. R and N are rounded up there, to aligned arrays.
@@ -185,14 +197,13 @@ def _forward(q, k, v, igate, fgate, C, n, m, cu_seqlens, sigmoid, gate_soft_cap,
         *_strides(igates, fgates, ks), gate_soft_cap or 0.0, H, K=K, L=L, BK=_tile(K, 64),
         SIGMOID=sigmoid, CAPPED=gate_soft_cap is not None, PACKED=packed, num_warps=8,
     )  # fmt: skip
-    C_last, n_last, m_last = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (C, n, m))
+    last = _new_state(q, v, cut.sequences)
     mlstm_fwd_stabiliser_kernel[(cut.sequences, H)](
-        total, top, m.contiguous(), m_before, decay, scale, m_last, cut.first, cut.chunks, H,
-        BC=128, SIGMOID=sigmoid, PACKED=packed, num_warps=4,
+        total, top, None if m is None else m.contiguous(), m_before, decay, scale, last[2], cut.first, cut.chunks, H,
+        BC=128, HAS_FIRST=m is not None, SIGMOID=sigmoid, PACKED=packed, num_warps=4,
     )  # fmt: skip
     C_between, n_between = new(N, H, K, V, dtype=_state_dtype(q.dtype)), new(N, H, K, dtype=torch.float32)
-    first, between, ends = (C.contiguous(), n.contiguous()), (C_between, n_between), (C_last, n_last)
-    _run_state(ks, vs, weight, scale, decay, key_sum, first, between, ends, cut, blocks)
+    _run_state(ks, vs, weight, scale, decay, key_sum, (C, n), (C_between, n_between), last[:2], cut, blocks)
     scores = new(N, H, L // BS * (L // BS + 1) // 2, BS, BS)
     BK, warps, stages = blocks.scores
     mlstm_fwd_scores_kernel[(N * (L // BS), H)](
@@ -202,17 +213,26 @@ def _forward(q, k, v, igate, fgate, C, n, m, cu_seqlens, sigmoid, gate_soft_cap,
     )  # fmt: skip
     h = new(B * T, H, V)
     _run_combine(qs, C_between, vs, scores, h, state_weight, cut, blocks, denominator=denominator)
-    return h.view(B, T, H, V), C_last, n_last, m_last, tokens, source, chunks, C_between, n_between
+    return h.view(B, T, H, V), *last, tokens, source, chunks, C_between, n_between
+
+
+def _new_state(q: Tensor, v: Tensor, sequences: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for C, n and m."""
+    H, K, V = q.shape[2], q.shape[3], v.shape[3]
+    C, n, m = (q.new_empty(sequences, H, *dims, dtype=torch.float32) for dims in ((K, V), (K,), ()))
+    return C, n, m
 
 
 @mlstm_chunkwise.register_fake
 def _(q, k, v, igate, fgate, C, n, m, cu_seqlens, input_gate, gate_soft_cap, eps):
     B, T, H, K = q.shape
     L = _blocks(q, v.shape[-1]).L
-    N = B * ((T + L - 1) // L) if cu_seqlens is None else T // L + cu_seqlens.shape[0] - 1
+    sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    N = B * ((T + L - 1) // L) if cu_seqlens is None else T // L + sequences
     new = q.new_empty
     return (
-        *(x.new_empty(x.shape) for x in (v, C, n, m)),
+        v.new_empty(v.shape),
+        *_new_state(q, v, sequences),
         new(9, H, _aligned(B * T), dtype=torch.float32),
         new(H, _aligned(B * T), dtype=torch.int32),
         new(5, _aligned(N), H, dtype=torch.float32),
@@ -224,21 +244,21 @@ def _(q, k, v, igate, fgate, C, n, m, cu_seqlens, input_gate, gate_soft_cap, eps
 @torch.library.custom_op("modeling_xlstm::mlstm_chunkwise_triton_backward", mutates_args=())
 def _mlstm_chunkwise_backward(
     dh: Tensor, dC: Tensor | None, dn: Tensor | None, dm: Tensor | None,
-    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, C: Tensor, n: Tensor, m: Tensor,
-    cu_seqlens: Tensor | None, h: Tensor, C_last: Tensor, n_last: Tensor, tokens: Tensor, source: Tensor,
-    chunks: Tensor, C_between: Tensor, n_between: Tensor, input_gate: str, gate_soft_cap: float | None, eps: float,
+    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, cu_seqlens: Tensor | None, h: Tensor,
+    tokens: Tensor, source: Tensor, chunks: Tensor, C_between: Tensor, n_between: Tensor,
+    has_state: bool, input_gate: str, gate_soft_cap: float | None, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Exact gradients of `mlstm_chunkwise`: of q, k, v, both gates and the initial state."""
+    """Exact gradients of `mlstm_chunkwise`: of q, k, v, both gates, and of the initial state (else empty)."""
     with torch.cuda.device_of(q):
         return _backward_pass(
-            dh, dC, dn, dm, q, k, v, igate, fgate, C, n, m, cu_seqlens, h, C_last, n_last, tokens, source, chunks,
-            C_between, n_between, input_gate == "sigmoid", gate_soft_cap, eps,
+            dh, dC, dn, dm, q, k, v, igate, fgate, cu_seqlens, h, tokens, source, chunks, C_between, n_between,
+            has_state, input_gate == "sigmoid", gate_soft_cap, eps,
         )  # fmt: skip
 
 
 def _backward_pass(
-    dh, dC, dn, dm, q, k, v, igate, fgate, C, n, m, cu_seqlens, h, C_last, n_last, tokens, source, chunks,
-    C_between, n_between, sigmoid, gate_soft_cap, eps,
+    dh, dC, dn, dm, q, k, v, igate, fgate, cu_seqlens, h, tokens, source, chunks, C_between, n_between,
+    has_state, sigmoid, gate_soft_cap, eps,
 ):  # fmt: skip
     B, T, H, K = q.shape
     V = v.shape[-1]
@@ -269,17 +289,19 @@ def _backward_pass(
         PACKED=packed, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     dC_between, dn_between = torch.empty_like(C_between), torch.empty_like(n_between)
-    dC_first, dn_first, dm_first = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (C, n, m))
-    last = (None, None) if dC is None and dn is None else (_or_zeros(dC, C), _or_zeros(dn, n))
-    between_chunks, ends = (dC_between, dn_between), (dC_first, dn_first)
-    _run_state(qs, dhs, dC_weight, None, decay, query_sum, last, between_chunks, ends, cut, blocks)
+    d_first = _new_state(q, v, cut.sequences if has_state else 0)
+    if (dC is None) != (dn is None):
+        zeros = _new_state(q, v, cut.sequences)
+        dC, dn = (zeros[0].zero_() if dC is None else dC), (zeros[1].zero_() if dn is None else dn)
+    ends = d_first[:2] if has_state else (None, None)
+    _run_state(qs, dhs, dC_weight, None, decay, query_sum, (dC, dn), (dC_between, dn_between), ends, cut, blocks)
     d_decay = new(N, H, dtype=torch.float32)
     mlstm_bwd_decay_kernel[(N, H)](
         C_between, n_between, dC_between, dn_between, decay, d_decay, H,
-        K=K, V=V, BLOCK=4096, BK=triton.next_power_of_2(K), num_warps=8,
+        K=K, V=V, BLOCK=4096, BK=_power_of_2(K), num_warps=8,
     )  # fmt: skip
     dq, dk, dv = new(B * T, H, K), new(B * T, H, K), new(B * T, H, V)
-    parts = triton.cdiv(K, _tile(K, blocks.combine[2]))
+    parts = _blocks_of(K, _tile(K, blocks.combine[2]))
     q_dots, k_dots = new(2, parts, H, cut.R, dtype=torch.float32)
     _run_combine(ks, dC_between, dhs, scores, dv, weight, cut, blocks, chunk_scale=scale, S_transposed=True)
     _run_combine(
@@ -292,50 +314,47 @@ def _backward_pass(
     )  # fmt: skip
     d_m_between = new(N, H, dtype=torch.float32)
     if sigmoid:
-        dm_first.zero_()
+        d_first[2].zero_()
     else:
-        dm_last = _or_zeros(dm, m)
-        if last[0] is not None:
-            dm_last = dm_last - (last[0] * C_last).sum((-1, -2)) - (last[1] * n_last).sum(-1)
         mlstm_bwd_stabiliser_kernel[(cut.sequences, H)](
-            m_from_state, total, top, m_before, dm_last, d_m_between, dm_first, cut.first, cut.chunks, H,
-            PARTS=L // BS, BC=128, PACKED=packed, num_warps=4,
+            m_from_state, total, top, m_before, d_decay, q_dots, k_dots, None if dm is None else dm.contiguous(),
+            d_m_between, d_first[2] if has_state else None, *tables, cut.first, H, L=L, BLOCKS=L // BS, PARTS=parts,
+            BC=128, HAS_LAST=dm is not None, HAS_FIRST=has_state, PACKED=packed, num_warps=4,
         )  # fmt: skip
-        dm_first += (dC_first * C).sum((-1, -2)) + (dn_first * n).sum(-1)
     digate, dfgate = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (igate, fgate))
     mlstm_bwd_gates_kernel[(N, H)](
         igates, fgates, log_f, log_f_low, peak, source, m_before, d_m, d_m_between, d_decay,
         col_sum, between, q_dots, k_dots, digate, dfgate, *tables, *_strides(igates, fgates), gate_soft_cap or 0.0, H,
         L=L, BS=BS, PARTS=parts, SIGMOID=sigmoid, CAPPED=gate_soft_cap is not None, PACKED=packed, num_warps=8,
     )  # fmt: skip
-    return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), digate, dfgate, dC_first, dn_first, dm_first
-
-
-def _or_zeros(d: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like, memory_format=torch.contiguous_format) if d is None else d.contiguous()
+    return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), digate, dfgate, *d_first
 
 
 @_mlstm_chunkwise_backward.register_fake
-def _(dh, dC, dn, dm, q, k, v, igate, fgate, C, n, m, *args):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v, igate, fgate, C, n, m))
+def _(
+    dh, dC, dn, dm, q, k, v, igate, fgate, cu_seqlens, h, tokens, source, chunks, C_between, n_between, has_state, *_
+):
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    inputs = (x.new_empty(x.shape) for x in (q, k, v, igate, fgate))
+    return *inputs, *_new_state(q, v, sequences if has_state else 0)
 
 
 def _setup_context(ctx, inputs, output):
-    h, C_last, n_last, _, *kept = output
+    q, k, v, igate, fgate, C, n, m, cu_seqlens, *ctx.options = inputs
+    h, _, _, _, *kept = output
     ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
-    ctx.input_gate, ctx.gate_soft_cap, ctx.eps = inputs[9:]
-    ctx.save_for_backward(*inputs[:9], h, C_last, n_last, *kept)
+    ctx.has_state = C is not None
+    ctx.save_for_backward(q, k, v, igate, fgate, cu_seqlens, h, *kept)
 
 
 def _backward(ctx, dh, dC, dn, dm, *_):
     if dh is None:
-        dh = torch.zeros_like(ctx.saved_tensors[9])
+        dh = torch.zeros_like(ctx.saved_tensors[6])
     with full_precision(dh.device):
-        grads = _mlstm_chunkwise_backward(
-            dh, dC, dn, dm, *ctx.saved_tensors, ctx.input_gate, ctx.gate_soft_cap, ctx.eps
-        )
-    return *grads, None, None, None, None
+        *grads, dC, dn, dm = _mlstm_chunkwise_backward(dh, dC, dn, dm, *ctx.saved_tensors, ctx.has_state, *ctx.options)
+    state_grads = (dC, dn, dm) if ctx.has_state else (None, None, None)
+    return *grads, *state_grads, None, None, None, None
 
 
 mlstm_chunkwise.register_autograd(_backward, setup_context=_setup_context)

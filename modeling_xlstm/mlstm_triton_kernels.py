@@ -8,10 +8,14 @@ Dims and letters as in `mlstm_triton`. `i_` program or loop index, `o_` offsets,
 tokens and heads, `at` a chunk and head, `tokens` where the numbers of a chunk's tokens start in arrays `[H, R]`.
 """
 
-import triton
-import triton.language as tl
-
 from .mlstm_torch import MAX_LOG_FLOOR
+
+
+try:  # in a `try`, so that Transformers does not ask for it when it downloads this file to a machine without a GPU
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("the kernels need the package triton, version 3.6 or later.") from error
 
 
 # exp of it is zero, and sums of it over a chunk are finite: the log of a forget gate that is shut
@@ -176,14 +180,14 @@ def mlstm_fwd_gates_kernel(
 @triton.jit(do_not_specialize=["chunks"])
 def mlstm_fwd_stabiliser_kernel(
     total, top, m_first, m_before, decay, scale, m_last, first_chunk, chunks, H,
-    BC: tl.constexpr, SIGMOID: tl.constexpr, PACKED: tl.constexpr,
+    BC: tl.constexpr, HAS_FIRST: tl.constexpr, SIGMOID: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """m before each chunk, and what the state before it and the sum over it weigh in the state after it."""
     i_n, i_h = tl.program_id(0), tl.program_id(1)
     first, end = _sequence(i_n, chunks, first_chunk, PACKED)
-    m = tl.load(m_first + i_n * H + i_h)
-    if SIGMOID:
-        m = 0.0
+    m = tl.full([], 0.0, tl.float32)
+    if HAS_FIRST and not SIGMOID:
+        m = tl.load(m_first + i_n * H + i_h)
     o_c = tl.arange(0, BC)
     for c in range(first, end, BC):
         at = (c + o_c) * H + i_h
@@ -215,7 +219,8 @@ def mlstm_state_kernel(
     x, y, weight, scale, decay, vectors, C_first, n_first, C_between, n_between, C_end, n_end,
     starts, lengths, first_chunk, T, chunks, R, sx_t, sx_h, sy_t, sy_h, H,
     K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    PARTS: tl.constexpr, REVERSE: tl.constexpr, HAS_FIRST: tl.constexpr, PACKED: tl.constexpr,
+    PARTS: tl.constexpr, REVERSE: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """A block of C, and of n, from chunk to chunk: `C <- decay C + (w x)^T y` and `n <- decay n + vector`."""
     KB: tl.constexpr = (K + BK - 1) // BK
@@ -266,9 +271,10 @@ def mlstm_state_kernel(
             C -= tl.dot(tl.trans(-weighted), ys, input_precision="ieee")
         else:
             C = tl.dot(tl.trans(weighted), ys, C)
-    tl.store(C_end + at_end * V + o_kv, C, mask=in_kv)
-    if i_v == 0:
-        tl.store(n_end + at_end + o_k, n, mask=in_k)
+    if HAS_END:
+        tl.store(C_end + at_end * V + o_kv, C, mask=in_kv)
+        if i_v == 0:
+            tl.store(n_end + at_end + o_k, n, mask=in_k)
 
 
 # scores of a chunk, and sums over its rows
@@ -551,23 +557,48 @@ def mlstm_bwd_decay_kernel(
     tl.store(d_decay + at, (total + tl.sum(products, 0)) * tl.load(decay + at))
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit
+def _dots(
+    dots, i_chunk, i_h, starts, lengths, T, chunks, R, H, L: tl.constexpr, PARTS: tl.constexpr, PACKED: tl.constexpr
+):
+    """The sum of `dots` `[PARTS, H, R]` over a chunk."""
+    start, length = _span(i_chunk, T, chunks, starts, lengths, L, PACKED)
+    o_t = tl.arange(0, L)
+    total = tl.zeros([L], tl.float32)
+    for part in tl.static_range(PARTS):
+        at = (tl.cast(R, tl.int64) * H) * part + i_h.to(tl.int64) * R + start + o_t
+        total += tl.load(dots + at, mask=o_t < length, other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit(do_not_specialize=["T", "chunks", "R"])
 def mlstm_bwd_stabiliser_kernel(
-    m_from_state, total, top, m_before, d_m_last, d_m_between, d_m_first, first_chunk, chunks, H,
-    PARTS: tl.constexpr, BC: tl.constexpr, PACKED: tl.constexpr,
+    m_from_state, total, top, m_before, d_decay, q_dots, k_dots, d_m_last, d_m_between, d_m_first,
+    starts, lengths, T, chunks, R, first_chunk, H,
+    L: tl.constexpr, BLOCKS: tl.constexpr, PARTS: tl.constexpr, BC: tl.constexpr,
+    HAS_LAST: tl.constexpr, HAS_FIRST: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of m after each chunk: it goes to the last row, and on where that has it from the state."""
+    """The gradient of m after each chunk: it goes to the last row, and on where that has it from the state.
+
+    C and n hold their values times exp(-m): at both ends m also has the product of the state with its gradient, which
+    is what the decay and the tokens of the chunk have of it.
+    """
     i_n, i_h = tl.program_id(0), tl.program_id(1)
     first, end = _sequence(i_n, chunks, first_chunk, PACKED)
-    carry = tl.load(d_m_last + i_n * H + i_h)
+    carry = tl.full([], 0.0, tl.float32)
+    if HAS_LAST:
+        carry = tl.load(d_m_last + i_n * H + i_h)
+    if end > first:
+        carry -= tl.load(d_decay + (end - 1) * H + i_h)
+        carry -= _dots(k_dots, end - 1, i_h, starts, lengths, T, chunks, R, H, L, PARTS, PACKED)
     o_c = tl.arange(0, BC)
     for c in range(0, end - first, BC):
         chunk = end - 1 - c - o_c
         valid = chunk >= first
         at = chunk * H + i_h
         own = tl.zeros([BC], tl.float32)
-        for part in tl.static_range(PARTS):
-            own += tl.load(m_from_state + at * PARTS + part, mask=valid, other=0.0)
+        for block in tl.static_range(BLOCKS):
+            own += tl.load(m_from_state + at * BLOCKS + block, mask=valid, other=0.0)
         through = tl.load(total + at, mask=valid, other=0.0) + tl.load(m_before + at, mask=valid, other=0.0)
         keeps = tl.where(through >= tl.load(top + at, mask=valid, other=0.0), 1.0, 0.0)
         keeps_all, own_all = tl.associative_scan((keeps, own), 0, _linear)
@@ -576,7 +607,11 @@ def mlstm_bwd_stabiliser_kernel(
             tl.store(d_m_between + (end - 1) * H + i_h, carry)
         tl.store(d_m_between + at - H, before, mask=chunk - 1 >= first)
         carry = tl.sum(tl.where(o_c == tl.minimum(end - first - c, BC) - 1, before, 0.0), 0)
-    tl.store(d_m_first + i_n * H + i_h, carry)
+    if HAS_FIRST:
+        if end > first:
+            carry += tl.load(d_decay + first * H + i_h)
+            carry += _dots(q_dots, first, i_h, starts, lengths, T, chunks, R, H, L, PARTS, PACKED)
+        tl.store(d_m_first + i_n * H + i_h, carry)
 
 
 @triton.jit(do_not_specialize=["T", "chunks", "R"])

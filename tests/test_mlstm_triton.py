@@ -230,6 +230,24 @@ def test_a_sequence_in_two_parts_is_right(split):
     assert_correct(mlstm_inputs(2, 130, aligned=True), torch.float32, partial(in_two, split=split))
 
 
+@pytest.mark.parametrize("input_gate", INPUT_GATES)
+def test_no_state_is_a_state_of_zeros(input_gate):
+    x = rounded(fresh(mlstm_inputs(2, 40, aligned=True)), torch.float32)
+    tokens = {name: x[name] for name in INPUTS}
+
+    def without(t):
+        inputs = (t[name].to(DEVICE) for name in INPUTS)
+        h, state = mlstm_chunkwise(*inputs, input_gate=input_gate, backend="triton")
+        return h.cpu(), MLSTMState(*(part.cpu() for part in state))
+
+    def zeros(t):
+        return on_gpu(x | t, input_gate=input_gate)
+
+    expected = outputs_and_grads(zeros, tokens)
+    for name, result in outputs_and_grads(without, tokens).items():
+        assert torch.equal(result, expected[name]), name
+
+
 def test_two_runs_are_bit_equal():
     x = rounded(mlstm_inputs(2, 140, aligned=True), DTYPES[-1])
     first, second = (outputs_and_grads(on_gpu, x) for _ in range(2))
@@ -263,11 +281,12 @@ def test_unneeded_gradients_are_left_out():
         assert not on_gpu(x | {"v": v})[0].requires_grad
 
 
+@pytest.mark.parametrize("has_state", [True, False], ids=["state", "no state"])
 @pytest.mark.parametrize("bounds", [None, [0, 7, 7, 19]], ids=["batch", "packed"])
-def test_the_op_keeps_the_promises_of_a_custom_op(bounds):
+def test_the_op_keeps_the_promises_of_a_custom_op(bounds, has_state):
     x = rounded(mlstm_inputs(1, 19, 2, 4, 3, rows=None if bounds is None else len(bounds) - 1), torch.float32)
     cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
-    tensors = [t.to(DEVICE).requires_grad_() for t in x.values()]
+    tensors = [t.to(DEVICE).requires_grad_() if has_state or name in INPUTS else None for name, t in x.items()]
     # what the backward pass reads again has no gradient, which the autograd check of opcheck asks for
     torch.library.opcheck(
         torch.ops.modeling_xlstm.mlstm_chunkwise_triton,

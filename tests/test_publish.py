@@ -22,9 +22,11 @@ from hub import NO_ANSWER, Hub
 from models import TWO_KINDS, random_ids, tiny_model
 from origins import assert_same_weights, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.dynamic_module_utils import get_imports
 
 import modeling_xlstm
 from convert.__main__ import main
+from convert.remote_code import code_files
 from modeling_xlstm import XLSTMForCausalLM
 
 
@@ -599,3 +601,11 @@ def test_a_checkpoint_saved_by_the_package_does_not_promise_code_that_is_not_the
     convert(sources["post_up"], tmp_path / "native")
     XLSTMForCausalLM.from_pretrained(tmp_path / "native").save_pretrained(tmp_path / "tuned")
     assert "auto_map" not in json.loads((tmp_path / "tuned" / "config.json").read_text(encoding="utf-8"))
+
+
+def test_the_code_of_a_checkpoint_asks_for_nothing_that_the_package_does_not_require():
+    """Transformers downloads no file whose imports are not installed, and kernels are for those who have Triton."""
+    names = {path.name for path in code_files()}
+    assert {"mlstm_triton.py", "mlstm_triton_kernels.py", "mlstm_triton_step.py", "head_norm_triton.py"} <= names
+    asked = {name for path in code_files() for name in get_imports(path)} - sys.stdlib_module_names
+    assert asked <= {"torch", "transformers", "safetensors", "filelock", "huggingface_hub", "packaging"}

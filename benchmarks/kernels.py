@@ -1,0 +1,88 @@
+"""Single Triton kernels of the mLSTM: `python -m benchmarks.kernels [--shape B T H K V] [--set FIELD=A,B,...]`.
+
+Prints for each kernel of a forward and a backward pass the median over runs in milliseconds, as PyTorch's profiler has
+it, so without gaps between kernels, and their sums. `--set` changes how work is cut (a field of `mlstm_triton._Blocks`)
+and may be given for several variants: each is one comma-separated list, and all combinations are timed.
+"""
+
+import argparse
+import itertools
+import statistics
+from collections import defaultdict
+from collections.abc import Callable
+from unittest import mock
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from modeling_xlstm import mlstm_triton
+
+
+RUNS = 12
+
+
+def kernel_times(run: Callable[[], object]) -> dict[str, float]:
+    """Milliseconds of each kernel that `run` launches, in order; those launched several times are numbered."""
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(RUNS):
+            run()
+        torch.cuda.synchronize()
+    launches = defaultdict(list)
+    for event in profiler.events():
+        if event.device_type == DeviceType.CUDA:
+            launches[event.name].append(event.device_time / 1e3)
+    times = {}
+    for name, each in launches.items():
+        count = len(each) // RUNS
+        for i in range(count):
+            label = name.removesuffix("_kernel")[:40] + (f" {i + 1}" if count > 1 else "")
+            times[label] = statistics.median(each[i::count])
+    return times
+
+
+def measure(shape: list[int], cut: dict[str, tuple[int, ...]]) -> dict[str, float]:
+    B, T, H, K, V = shape
+    q, k, v, dh = (torch.randn(B, T, H, D, device="cuda", dtype=torch.bfloat16) for D in (K, K, V, V))
+    igate, fgate = torch.randn(2, B, T, H, device="cuda") + torch.tensor([-3, 4.5], device="cuda")[:, None, None, None]
+    state, options = (None, None, None), (False, None, 1e-6)
+    blocks = mlstm_triton._blocks(q, V)._replace(**cut)
+    with mock.patch.object(mlstm_triton, "_blocks", return_value=blocks):
+
+        def forward():
+            return mlstm_triton._forward(q, k, v, igate, fgate, *state, None, *options)
+
+        h, *_, tokens, source, chunks, C, n = forward()
+        kept = (h, tokens, source, chunks, C, n, False)
+
+        def backward():
+            return mlstm_triton._backward_pass(dh, *state, q, k, v, igate, fgate, None, *kept, *options)
+
+        return kernel_times(forward) | {f"{name} (backward)": ms for name, ms in kernel_times(backward).items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", nargs=5, type=int, default=[4, 8192, 8, 256, 512], metavar=tuple("BTHKV"))
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=A,B,...")
+    args = parser.parse_args()
+    choices = defaultdict(list)
+    for choice in args.set:
+        field, values = choice.split("=")
+        sizes = tuple(map(int, values.split(",")))
+        choices[field].append(sizes[0] if len(sizes) == 1 else sizes)
+    print(torch.cuda.get_device_name(), "torch", torch.__version__, "shape", args.shape)
+    for values in itertools.product(*choices.values()):
+        cut = dict(zip(choices, values, strict=True))
+        times = measure(args.shape, cut)
+        backward = sum(ms for name, ms in times.items() if name.endswith("(backward)"))
+        print(cut or "as it is", f"forward {sum(times.values()) - backward:.3f} backward {backward:.3f}")
+        for name, ms in times.items():
+            print(f"  {name:56}{ms:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
