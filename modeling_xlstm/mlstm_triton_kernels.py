@@ -149,7 +149,7 @@ def mlstm_fwd_gates_kernel(
     fgates = tl.load(fgate + start * sf_t + i_h * sf_h + o_t * sf_t, mask=valid, other=0.0)
     logi, logf, closed = _log_gates(igates, fgates, valid, cap, SIGMOID, CAPPED)
     b = tl.cumsum(logf, 0)
-    b_last = tl.sum(logf, 0)
+    b_last = tl.sum(tl.where(o_t == L - 1, b, 0.0), 0)  # the same sum, so that nothing is between it and the last
     reach = tl.where(closed, 0.0, logi)  # for the stabiliser a shut gate is open to a key of zero
     rows = i_h.to(tl.int64) * R + start + o_t
     high = b.to(tl.float32)

@@ -37,7 +37,7 @@ pytestmark = [
 DEVICE = torch.device("cuda" if GPU else "cpu")
 INPUTS = ("q", "k", "v", "igate", "fgate")
 INPUT_GATES = ("exp", "sigmoid")
-BATCH = 8 if GPU else 3  # enough rows to measure errors
+BATCH, HEADS = (8, 3) if GPU else (3, 3)  # the more rows, the better errors are measured
 # The interpreter has no products in bfloat16.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16) if GPU else (torch.float32,)
 HALVES = (torch.float16, torch.bfloat16) if GPU else (torch.float16,)
@@ -137,14 +137,14 @@ def assert_correct(x, dtype, way=lambda op: op, **options):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("T", [1, 63, 64, 65, 200, 300] if GPU else [1, 65])
 def test_any_length_is_right(T, dtype, input_gate):
-    assert_correct(mlstm_inputs(BATCH, T, aligned=True), dtype, input_gate=input_gate)
+    assert_correct(mlstm_inputs(BATCH, T, HEADS, aligned=True), dtype, input_gate=input_gate)
 
 
 @pytest.mark.parametrize("input_gate", INPUT_GATES if GPU else ("exp",))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("regime", [*REGIMES[1:], "closed"] if GPU else ["keep", "overwrite", "closed"])
 def test_extreme_gates_are_right(regime, dtype, input_gate):
-    assert_correct(mlstm_inputs(BATCH, 150, regime=regime), dtype, input_gate=input_gate)
+    assert_correct(mlstm_inputs(BATCH, 150 if GPU else 70, HEADS, regime=regime), dtype, input_gate=input_gate)
 
 
 SHAPES = [(3, 33, 2, 16, 16), (2, 70, 2, 24, 96), (2, 9, 3, 17, 33)]
@@ -165,7 +165,7 @@ def test_half_precision_is_right(dtype):
 @pytest.mark.parametrize("input_gate", INPUT_GATES if GPU else ("exp",))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_packed_sequences_are_right(dtype, input_gate):
-    x = mlstm_inputs(1, sum(PACKED), rows=len(PACKED), aligned=True)
+    x = mlstm_inputs(1, sum(PACKED), HEADS, rows=len(PACKED), aligned=True)
     assert_correct(x, dtype, packed, input_gate=input_gate)
 
 
@@ -176,11 +176,11 @@ def test_many_packed_sequences_are_right():
     assert_correct(x, torch.bfloat16, partial(packed, lengths=lengths))
 
 
-@pytest.mark.parametrize("side", ["left", "scattered"])
+@pytest.mark.parametrize("side", ["left", "scattered"] if GPU else ["scattered"])
 def test_padding_is_right(side):
     """Against the PyTorch backend, whose padding has tests of its own."""
     mask = padding_mask(side)
-    x = rounded(mlstm_inputs(1, sum(PACKED), rows=len(PACKED), aligned=True), torch.float32)
+    x = rounded(mlstm_inputs(1, sum(PACKED), HEADS, rows=len(PACKED), aligned=True), torch.float32)
     oracle = {name: t.double() for name, t in x.items()}
     torch_backend = partial(chunkwise, backend="torch")
     results = [
@@ -193,14 +193,14 @@ def test_padding_is_right(side):
 @pytest.mark.parametrize("input_gate", INPUT_GATES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_soft_cap_on_gates_is_right(dtype, input_gate):
-    x = mlstm_inputs(2, 70, aligned=True)
+    x = mlstm_inputs(BATCH, 40, HEADS, aligned=True)
     x |= {name: 10 * x[name] for name in ("igate", "fgate")}
     assert_correct(x, dtype, input_gate=input_gate, gate_soft_cap=5.0)
 
 
 def test_padding_and_a_soft_cap_go_together():
     mask = padding_mask("left")
-    x = rounded(mlstm_inputs(1, sum(PACKED), rows=len(PACKED), aligned=True), torch.float32)
+    x = rounded(mlstm_inputs(1, sum(PACKED), HEADS, rows=len(PACKED), aligned=True), torch.float32)
     ops = [partial(op, gate_soft_cap=2.0) for op in (on_gpu, partial(chunkwise, backend="torch"))]
     h, expected = (padded(op, mask)(x)[0] for op in ops)
     torch.testing.assert_close(h, expected, atol=1e-4, rtol=1e-4)
@@ -208,7 +208,7 @@ def test_padding_and_a_soft_cap_go_together():
 
 @pytest.mark.parametrize("layout", ["sparse", "reversed"])
 def test_views_that_are_not_contiguous_are_right(layout):
-    assert_correct(mlstm_inputs(2, 40, aligned=True), torch.float32, partial(strided, layout=layout))
+    assert_correct(mlstm_inputs(2, 20, HEADS, aligned=True), torch.float32, partial(strided, layout=layout))
 
 
 def test_a_fused_projection_needs_no_copies():
@@ -227,12 +227,12 @@ def test_a_fused_projection_needs_no_copies():
 
 @pytest.mark.parametrize("split", [1, 64, 77] if GPU else [65])
 def test_a_sequence_in_two_parts_is_right(split):
-    assert_correct(mlstm_inputs(2, 130, aligned=True), torch.float32, partial(in_two, split=split))
+    assert_correct(mlstm_inputs(2, 130, HEADS, aligned=True), torch.float32, partial(in_two, split=split))
 
 
 @pytest.mark.parametrize("input_gate", INPUT_GATES)
 def test_no_state_is_a_state_of_zeros(input_gate):
-    x = rounded(fresh(mlstm_inputs(2, 40, aligned=True)), torch.float32)
+    x = rounded(fresh(mlstm_inputs(2, 20, 2, aligned=True)), torch.float32)
     tokens = {name: x[name] for name in INPUTS}
 
     def without(t):
@@ -249,14 +249,14 @@ def test_no_state_is_a_state_of_zeros(input_gate):
 
 
 def test_two_runs_are_bit_equal():
-    x = rounded(mlstm_inputs(2, 140, aligned=True), DTYPES[-1])
+    x = rounded(mlstm_inputs(2, 70, 2, aligned=True), DTYPES[-1])
     first, second = (outputs_and_grads(on_gpu, x) for _ in range(2))
     for name, result in first.items():
         assert torch.equal(result, second[name]), name
 
 
 def test_gradients_of_parts_of_the_outputs_are_right():
-    x = rounded(mlstm_inputs(2, 40, aligned=True), torch.float32)
+    x = rounded(mlstm_inputs(1, 40, 2, aligned=True), torch.float32)
     for pick in (0, 1, 2, 3):
         grads = []
         for op in (on_gpu, partial(chunkwise, backend="torch")):
@@ -271,7 +271,7 @@ def test_gradients_of_parts_of_the_outputs_are_right():
 
 
 def test_unneeded_gradients_are_left_out():
-    x = rounded(fresh(mlstm_inputs(2, 17)), torch.float32)
+    x = rounded(fresh(mlstm_inputs(1, 17, 2)), torch.float32)
     v = x["v"].clone().requires_grad_()
     h, state = on_gpu(x | {"v": v})
     assert h.requires_grad and all(t.requires_grad for t in state)
