@@ -92,6 +92,11 @@ class _Chunks(NamedTuple):
     lengths: Tensor | None = None  # [total] int32
     first: Tensor | None = None  # [N + 1] int32
 
+    @property
+    def tables(self) -> tuple:
+        """What every kernel of a chunk is told."""
+        return self.starts, self.lengths, self.T, self.chunks, self.R
+
 
 def _cut(B: int, T: int, cu_seqlens: Tensor | None, L: int) -> _Chunks:
     chunks = _blocks_of(T, L)
@@ -148,7 +153,7 @@ def _run_combine(x, Z, y, scores, out, state_scale, cut, blocks, *, chunk_scale=
     grid = (cut.total * (blocks.L // BM) * _blocks_of(Y, BY), H)
     mlstm_combine_kernel[grid](
         x, Z, y, scores, out, state_scale, chunk_scale, denominator, *rank, factor, dots,
-        cut.starts, cut.lengths, cut.T, cut.chunks, cut.R, *_strides(x, y, out, x if factor is None else factor), H,
+        *cut.tables, *_strides(x, y, out, x if factor is None else factor), H,
         X=X, Y=Y, L=blocks.L, BS=blocks.BS, BM=BM, BX=BX, BY=BY, BJ=BJ,
         Z_TRANSPOSED=Z_transposed, S_TRANSPOSED=S_transposed, HAS_CHUNK_SCALE=chunk_scale is not None,
         HAS_DENOMINATOR=denominator is not None, HAS_DOTS=dots is not None,
@@ -169,10 +174,8 @@ def mlstm_chunkwise(
     """h `[B, T, H, V]` in the dtype of v, the final C, n, m, and what the backward pass reads again. Without an initial
     C, n and m, all three, sequences start from zeros.
 
-    What is read again is
-
-    numbers of tokens `[9, H, R]`, the token that each row has its stabiliser from `[H, R]`, numbers of chunks
-    `[5, N, H]`, and C and n before each chunk. R and N are rounded up there, to aligned arrays.
+    What is read again: numbers of tokens `[9, H, R]`, the token that each row has its stabiliser from `[H, R]`,
+    numbers of chunks `[5, N, H]`, and C and n before each chunk. R and N are rounded up there, to aligned arrays.
     """
     with torch.cuda.device_of(q):
         return _forward(q, k, v, igate, fgate, C, n, m, cu_seqlens, input_gate == "sigmoid", gate_soft_cap, eps)
@@ -185,7 +188,6 @@ def _forward(q, k, v, igate, fgate, C, n, m, cu_seqlens, sigmoid, gate_soft_cap,
     L, BS = blocks.L, blocks.BS
     cut = _cut(B, T, cu_seqlens, L)
     N, packed = cut.total, cu_seqlens is not None
-    tables = (cut.starts, cut.lengths, cut.T, cut.chunks, cut.R)
     qs, ks, vs, igates, fgates = (_rows(x) for x in (q, k, v, igate, fgate))
     new = q.new_empty
     tokens, chunks = new(9, H, cut.R, dtype=torch.float32), new(5, _aligned(N), H, dtype=torch.float32)
@@ -193,7 +195,7 @@ def _forward(q, k, v, igate, fgate, C, n, m, cu_seqlens, sigmoid, gate_soft_cap,
     total, top, m_before, decay, scale = chunks
     source, key_sum = new(H, cut.R, dtype=torch.int32), new(N, H, 1, K, dtype=torch.float32)
     mlstm_fwd_gates_kernel[(N, H)](
-        igates, fgates, ks, log_f, log_f_low, log_i, peak, source, weight, total, top, key_sum, *tables,
+        igates, fgates, ks, log_f, log_f_low, log_i, peak, source, weight, total, top, key_sum, *cut.tables,
         *_strides(igates, fgates, ks), gate_soft_cap or 0.0, H, K=K, L=L, BK=_tile(K, 64),
         SIGMOID=sigmoid, CAPPED=gate_soft_cap is not None, PACKED=packed, num_warps=8,
     )  # fmt: skip
@@ -208,7 +210,7 @@ def _forward(q, k, v, igate, fgate, C, n, m, cu_seqlens, sigmoid, gate_soft_cap,
     BK, warps, stages = blocks.scores
     mlstm_fwd_scores_kernel[(N * (L // BS), H)](
         qs, ks, log_f, log_f_low, log_i, peak, m_before, n_between, scores, m_rows, normaliser, denominator,
-        state_weight, *tables, *_strides(qs, ks), K**-0.5, eps, H, K=K, L=L, BS=BS, BK=_tile(K, BK),
+        state_weight, *cut.tables, *_strides(qs, ks), K**-0.5, eps, H, K=K, L=L, BS=BS, BK=_tile(K, BK),
         SIGMOID=sigmoid, PACKED=packed, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     h = new(B * T, H, V)
@@ -266,7 +268,6 @@ def _backward_pass(
     L, BS = blocks.L, blocks.BS
     cut = _cut(B, T, cu_seqlens, L)
     N, packed = cut.total, cu_seqlens is not None
-    tables = (cut.starts, cut.lengths, cut.T, cut.chunks, cut.R)
     qs, ks, vs, igates, fgates, hs, dhs = (_rows(x) for x in (q, k, v, igate, fgate, h, dh))
     new = q.new_empty
     log_f, log_f_low, log_i, peak, weight, m_rows, normaliser, denominator, state_weight = tokens
@@ -277,7 +278,7 @@ def _backward_pass(
     mlstm_bwd_rows_kernel[(N * (L // BS), H)](
         qs, hs, dhs, log_f, log_f_low, peak, m_before, m_rows, normaliser, denominator, state_weight,
         d_norm, dC_weight, dn_weight, query_sum, d_m, m_from_state,
-        *tables, *_strides(qs, hs, dhs), eps, H, K=K, V=V, L=L, BS=BS, BK=_tile(K, BD), BV=_tile(V, BD),
+        *cut.tables, *_strides(qs, hs, dhs), eps, H, K=K, V=V, L=L, BS=BS, BK=_tile(K, BD), BV=_tile(V, BD),
         SIGMOID=sigmoid, PACKED=packed, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     pairs = L // BS * (L // BS + 1) // 2
@@ -285,7 +286,7 @@ def _backward_pass(
     col_sum, between = new(2, L // BS, H, cut.R, dtype=torch.float32)
     mlstm_bwd_scores_kernel[(N * pairs, H)](
         qs, ks, vs, dhs, log_f, log_f_low, log_i, m_rows, denominator, d_norm, scores, d_scores, col_sum, between,
-        *tables, *_strides(qs, ks, vs, dhs), K**-0.5, H, K=K, V=V, L=L, BS=BS, BK=_tile(K, BD), BV=_tile(V, BD),
+        *cut.tables, *_strides(qs, ks, vs, dhs), K**-0.5, H, K=K, V=V, L=L, BS=BS, BK=_tile(K, BD), BV=_tile(V, BD),
         PACKED=packed, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     dC_between, dn_between = torch.empty_like(C_between), torch.empty_like(n_between)
@@ -318,13 +319,14 @@ def _backward_pass(
     else:
         mlstm_bwd_stabiliser_kernel[(cut.sequences, H)](
             m_from_state, total, top, m_before, d_decay, q_dots, k_dots, None if dm is None else dm.contiguous(),
-            d_m_between, d_first[2] if has_state else None, *tables, cut.first, H, L=L, BLOCKS=L // BS, PARTS=parts,
+            d_m_between, d_first[2] if has_state else None, *cut.tables, cut.first, H, L=L, BLOCKS=L // BS, PARTS=parts,
             BC=128, HAS_LAST=dm is not None, HAS_FIRST=has_state, PACKED=packed, num_warps=4,
         )  # fmt: skip
     digate, dfgate = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (igate, fgate))
     mlstm_bwd_gates_kernel[(N, H)](
         igates, fgates, log_f, log_f_low, peak, source, m_before, d_m, d_m_between, d_decay,
-        col_sum, between, q_dots, k_dots, digate, dfgate, *tables, *_strides(igates, fgates), gate_soft_cap or 0.0, H,
+        col_sum, between, q_dots, k_dots, digate, dfgate, *cut.tables, *_strides(igates, fgates),
+        gate_soft_cap or 0.0, H,
         L=L, BS=BS, PARTS=parts, SIGMOID=sigmoid, CAPPED=gate_soft_cap is not None, PACKED=packed, num_warps=8,
     )  # fmt: skip
     return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), digate, dfgate, *d_first

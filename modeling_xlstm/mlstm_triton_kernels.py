@@ -64,16 +64,23 @@ def _log_sigmoid(x):
 
 
 @triton.jit
-def _log_gates(igate, fgate, valid, cap, SIGMOID: tl.constexpr, CAPPED: tl.constexpr):
+def _log_gates(igate, fgate, cap, SIGMOID: tl.constexpr, CAPPED: tl.constexpr):
     """Log gates in float64, and where both are minus infinity: the state is emptied and nothing enters."""
     igate, fgate = igate.to(tl.float64), fgate.to(tl.float64)
     if CAPPED:
         igate, fgate = cap * _tanh(igate / cap), cap * _tanh(fgate / cap)
-    closed = valid & (igate == float("-inf")) & (fgate == float("-inf"))
+    closed = (igate == float("-inf")) & (fgate == float("-inf"))
     if SIGMOID:
         igate = _log_sigmoid(igate)
-    logf = tl.maximum(_log_sigmoid(fgate), LOG_ZERO)
-    return tl.where(valid, igate, float("-inf")), tl.where(valid, logf, 0.0), closed
+    return igate, _log_sigmoid(fgate), closed
+
+
+@triton.jit
+def _keeps(log_f, log_f_low, peak, m_before, tokens, at, valid):
+    """Whether rows have their stabiliser from the state before the chunk, and not from one of its tokens."""
+    through = tl.load(log_f + tokens, mask=valid, other=0.0) + tl.load(m_before + at)
+    through += tl.load(log_f_low + tokens, mask=valid, other=0.0)
+    return valid & (through >= tl.load(peak + tokens, mask=valid, other=0.0))
 
 
 @triton.jit
@@ -147,10 +154,11 @@ def mlstm_fwd_gates_kernel(
     valid = o_t < length
     igates = tl.load(igate + start * si_t + i_h * si_h + o_t * si_t, mask=valid, other=0.0)
     fgates = tl.load(fgate + start * sf_t + i_h * sf_h + o_t * sf_t, mask=valid, other=0.0)
-    logi, logf, closed = _log_gates(igates, fgates, valid, cap, SIGMOID, CAPPED)
+    logi, logf, closed = _log_gates(igates, fgates, cap, SIGMOID, CAPPED)
+    logi, logf = tl.where(valid, logi, float("-inf")), tl.where(valid, tl.maximum(logf, LOG_ZERO), 0.0)
     b = tl.cumsum(logf, 0)
     b_last = tl.sum(tl.where(o_t == L - 1, b, 0.0), 0)  # the same sum, so that nothing is between it and the last
-    reach = tl.where(closed, 0.0, logi)  # for the stabiliser a shut gate is open to a key of zero
+    reach = tl.where(valid & closed, 0.0, logi)  # for the stabiliser a shut gate is open to a key of zero
     rows = i_h.to(tl.int64) * R + start + o_t
     high = b.to(tl.float32)
     tl.store(log_f + rows, high, mask=valid)
@@ -391,9 +399,7 @@ def mlstm_bwd_rows_kernel(
     tl.store(dC_weight + tokens, g, mask=valid)
     tl.store(dn_weight + tokens, g * du, mask=valid)
     if not SIGMOID:
-        through = tl.load(log_f + tokens, mask=valid, other=0.0) + tl.load(m_before + at)
-        through += tl.load(log_f_low + tokens, mask=valid, other=0.0)
-        keeps = valid & (through >= tl.load(peak + tokens, mask=valid, other=0.0))
+        keeps = _keeps(log_f, log_f_low, peak, m_before, tokens, at, valid)
         dm = -eps * u / den
         tl.store(d_m + tokens, dm, mask=valid)
         tl.store(m_from_state + at * BLOCKS + i % BLOCKS, tl.sum(tl.where(keeps, dm, 0.0), 0))
@@ -650,9 +656,7 @@ def mlstm_bwd_gates_kernel(
         # through stabilisers: each comes from the state before the chunk, or from one token
         dm = tl.load(d_m + tokens, mask=valid, other=0.0)
         dm += tl.where(o_t == length - 1, tl.load(d_m_between + at), 0.0)
-        through = tl.load(log_f + tokens, mask=valid, other=0.0) + tl.load(m_before + at)
-        through += tl.load(log_f_low + tokens, mask=valid, other=0.0)
-        keeps = through >= tl.load(peak + tokens, mask=valid, other=float("-inf"))
+        keeps = _keeps(log_f, log_f_low, peak, m_before, tokens, at, valid)
         from_state += tl.where(keeps, dm, 0.0)
         token = tl.load(source + tokens, mask=valid, other=-1)
         ends = token != tl.load(source + tokens + 1, mask=o_t + 1 < length, other=-1)

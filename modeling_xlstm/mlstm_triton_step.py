@@ -25,7 +25,7 @@ from .checks import full_precision
 from .fused import soft_cap
 from .mlstm_torch import MLSTMState, hold_padding
 from .mlstm_torch import mlstm_step as mlstm_step_torch
-from .mlstm_triton_kernels import LOG_FLOOR, _exp, _log_sigmoid, _tanh
+from .mlstm_triton_kernels import LOG_FLOOR, _exp, _log_gates
 
 
 try:  # in a `try`, so that Transformers does not ask for it when it downloads this file to a machine without a GPU
@@ -37,20 +37,6 @@ except ImportError as error:
 
 # may have any value without another compilation
 SIZES = "H sq_b sq_h sk_b sk_h sv_b sv_h si_b si_h sf_b sf_h so_b s_mask".split()
-
-
-# helpers
-
-
-@triton.jit
-def _log_gates(igate, fgate, cap, SIGMOID: tl.constexpr, CAPPED: tl.constexpr):
-    """Log gates in float64."""
-    igate, fgate = igate.to(tl.float64), fgate.to(tl.float64)
-    if CAPPED:
-        igate, fgate = cap * _tanh(igate / cap), cap * _tanh(fgate / cap)
-    if SIGMOID:
-        igate = _log_sigmoid(igate)
-    return igate, _log_sigmoid(fgate)
 
 
 # kernel
@@ -83,7 +69,7 @@ def mlstm_step_kernel(
     b_k = tl.load(k + i_b * sk_b + i_h * sk_h + o_k, mask=in_k, other=0.0)
     b_v = tl.load(v + i_b * sv_b + i_h * sv_h + o_v, mask=in_v, other=0.0)
     b_C = tl.load(C + i * K * V + o_kv, mask=in_kv, other=0.0)
-    logi, logf = _log_gates(logi, logf, cap, SIGMOID, CAPPED)
+    logi, logf, _ = _log_gates(logi, logf, cap, SIGMOID, CAPPED)
     if HAS_MASK:
         b_q, b_k, b_v = tl.where(real, b_q, 0.0), tl.where(real, b_k, 0.0), tl.where(real, b_v, 0.0)
         logi, logf = tl.where(real, logi, float("-inf")), tl.where(real, logf, 0.0)
