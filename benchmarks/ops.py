@@ -4,8 +4,9 @@ The tests of an op run first, and an op whose tests fail gets a sentence instead
 GPU are measured: a device copy (bytes read and written) and a product of two 8192 x 8192 matrices in bfloat16. Times
 are medians of `triton.testing.do_bench`, which empties the L2 cache before each call, on random inputs in bfloat16.
 Layouts that a peer wants are made outside of what is timed, outputs are checked to be finite, and extra memory is the
-peak of a call less what was there before. Measurements run in a process of their own, since some peers abort theirs.
-Steps are timed in a CUDA graph of 32 layers with a state each, and divided by 32.
+peak of a call less what was there before and less the gradients, which a model has from step to step. Measurements run
+in a process of their own, since some peers abort theirs. Steps are timed in a CUDA graph of 32 layers with a state
+each, and divided by 32.
 
 Bytes and FLOPs are formulas of the shape; a share is the time that an op would need at a ceiling over the time that it
 took. Bytes: every input read once and every output written once, in forward and backward pass each; outputs are h, and
@@ -303,7 +304,8 @@ def measure(op_name: str, shape: Shape, name: str) -> tuple[float, float]:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     outputs = calls[0]()
-    extra = (torch.cuda.max_memory_allocated() - before) / 2**30
+    gradients = sum(t.nbytes for t in outputs[1:]) if op.backward else 0
+    extra = (torch.cuda.max_memory_allocated() - before - gradients) / 2**30
     if not all(bool(t.isfinite().all()) for t in outputs):
         raise ArithmeticError("an output is not finite.")
     return ms, extra

@@ -26,12 +26,12 @@ from torch import Tensor
 
 from .checks import full_precision
 from .mlstm_triton_kernels import (
-    mlstm_bwd_decay_kernel,
+    mlstm_bwd_combine_kernel,
     mlstm_bwd_gates_kernel,
     mlstm_bwd_rows_kernel,
     mlstm_bwd_scores_kernel,
     mlstm_bwd_stabiliser_kernel,
-    mlstm_combine_kernel,
+    mlstm_fwd_combine_kernel,
     mlstm_fwd_gates_kernel,
     mlstm_fwd_scores_kernel,
     mlstm_fwd_stabiliser_kernel,
@@ -45,9 +45,14 @@ class _Blocks(NamedTuple):
     L: int  # tokens of a chunk
     BS: int  # tokens of a block of scores
     state: tuple[int, int, int, int, int]  # tokens, keys, values of a block; warps and stages
+    d_state: tuple[int, int, int, int, int]
+    few_states: tuple[int, int, int, int, int]  # where few sequences would leave most of a GPU idle
     scores: tuple[int, int, int]  # keys or values at once; warps and stages
-    d_scores: tuple[int, int, int]
+    d_scores: tuple[int, int, int, int | None]  # and registers at most, so that more programs fit
     combine: tuple[int, int, int, int, int, int]  # rows; columns of x and out, tokens at once; warps and stages
+    d_combine: tuple[int, int, int, int, int, int]
+    scores_bytes: int = 512 << 20  # in memory at once; each piece of the work has an end, where a GPU waits
+    d_scores_bytes: int = 160 << 20
 
 
 def _power_of_2(size: int) -> int:
@@ -66,11 +71,20 @@ def _tile(size: int, most: int) -> int:
 
 def _blocks(q: Tensor, V: int) -> _Blocks:
     if q.dtype == torch.float32:
-        return _Blocks(64, 32, (32, 32, 32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 32, 32, 32, 4, 1))
+        state, combine = (32, 32, 32, 4, 1), (32, 32, 32, 32, 4, 1)
+        return _Blocks(64, 32, state, state, state, (32, 4, 1), (32, 4, 1, None), combine, combine)
     K = q.shape[-1]
-    if _shared_memory(q.device) >= 200_000 and q.dtype == torch.bfloat16 and K % 128 == V % 256 == 0:
-        return _Blocks(256, 64, (64, 128, 256, 8, 3), (64, 4, 4), (64, 4, 4), (128, 64, 256, 64, 8, 4))
-    return _Blocks(256, 64, (64, 64, 128, 4, 2), (64, 4, 3), (64, 4, 3), (128, 64, 128, 64, 8, 2))
+    if _shared_memory(q.device) < 200_000 or q.dtype != torch.bfloat16 or K % 128 or V % 256:
+        state, combine = (64, 64, 128, 4, 2), (128, 64, 128, 64, 8, 2)
+        return _Blocks(256, 64, state, state, state, (64, 4, 3), (64, 4, 3, None), combine, combine)
+    return _Blocks(
+        256, 64, (64, 128, 256, 8, 3), (128, 128, 256, 8, 2), (64, 64, 128, 4, 3), (64, 4, 4), (64, 4, 4, 168),
+        (128, 64, 128, 64, 8, 3), (128, 64, 256, 64, 8, 4), d_scores_bytes=(160 if K > 128 else 96) << 20,
+    )  # fmt: skip
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
 def _shared_memory(device: torch.device) -> int:
@@ -128,37 +142,42 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:2]]
 
 
-def _run_state(x, y, weight, scale, decay, vectors, first, between, ends, cut, blocks):
-    """Launches `mlstm_state_kernel`, in reverse without `scale`; `first`, `between` and `ends` are C and n."""
-    BT, BK, BV, warps, stages = blocks.state
-    _, H, K = x.shape
-    V = y.shape[-1]
-    BK, BV = _tile(K, BK), _tile(V, BV)
-    mlstm_state_kernel[(cut.sequences * _blocks_of(K, BK) * _blocks_of(V, BV), H)](
-        x, y, weight, scale, decay, vectors, *(t if t is None else t.contiguous() for t in first), *between, *ends,
-        cut.starts, cut.lengths, cut.first, cut.T, cut.chunks, cut.R, *_strides(x, y), H,
-        K=K, V=V, L=blocks.L, BT=BT, BK=BK, BV=BV, PARTS=vectors.shape[2], REVERSE=scale is None,
-        HAS_FIRST=first[0] is not None, HAS_END=ends[0] is not None, PACKED=cut.starts is not None,
-        num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+def _pieces(
+    cut: _Chunks, H: int, blocks: _Blocks, x: Tensor, matrices: int, most_bytes: int
+) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Room for some matrices of scores `[matrices, chunks, H, blocks, BS, BS]` in the dtype of x, for as many chunks as
+    are to be in memory at once, and the first and number of chunks of each piece."""
+    N, pairs = cut.total, blocks.L // blocks.BS * (blocks.L // blocks.BS + 1) // 2
+    of_chunk = matrices * H * pairs * blocks.BS**2 * x.itemsize
+    most = _blocks_of(N, _blocks_of(N * of_chunk, most_bytes))
+    spans = [(first, min(most, N - first)) for first in range(0, N, most)]
+    return x.new_empty(matrices, most, H, pairs, blocks.BS, blocks.BS), spans
 
 
-def _run_combine(x, Z, y, scores, out, state_scale, cut, blocks, *, chunk_scale=None, denominator=None,
-                 rank=(None, None), factor=None, dots=None, Z_transposed=False, S_transposed=False):  # fmt: skip
-    """Launches `mlstm_combine_kernel`."""
-    _, H, X = x.shape
-    Y = y.shape[-1]
-    BM, BX, BY, BJ, warps, stages = blocks.combine
-    BX, BY = _tile(X, BX), _tile(Y, BY)
-    grid = (cut.total * (blocks.L // BM) * _blocks_of(Y, BY), H)
-    mlstm_combine_kernel[grid](
-        x, Z, y, scores, out, state_scale, chunk_scale, denominator, *rank, factor, dots,
-        *cut.tables, *_strides(x, y, out, x if factor is None else factor), H,
-        X=X, Y=Y, L=blocks.L, BS=blocks.BS, BM=BM, BX=BX, BY=BY, BJ=BJ,
-        Z_TRANSPOSED=Z_transposed, S_TRANSPOSED=S_transposed, HAS_CHUNK_SCALE=chunk_scale is not None,
-        HAS_DENOMINATOR=denominator is not None, HAS_DOTS=dots is not None,
-        PACKED=cut.starts is not None, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+_compiled_states: set[tuple] = set()  # for which kinds of arguments
+
+
+def _run_state(x, y, weight, scale, decay, factor, first, between, ends, cut, blocks):
+    """Launches `mlstm_state_kernel`, in reverse with `factor` instead of `scale`; `first`, `between` and `ends` are C
+    and n. Blocks are small where few sequences would leave most of a GPU idle, and both sizes are compiled at once."""
+    (_, H, K), V = x.shape, y.shape[-1]
+    packed, reverse = cut.starts is not None, factor is not None
+    has_first, has_end = first[0] is not None, ends[0] is not None
+    many, few = blocks.d_state if reverse else blocks.state, blocks.few_states
+    busy = cut.sequences * H * _blocks_of(K, many[1]) * _blocks_of(V, many[2]) > _processors(x.device) / 2
+    chosen = many if busy else few
+    kind = (x.device, x.dtype, K, V, packed, reverse, has_first, has_end)
+    for block in (chosen,) if kind in _compiled_states else {many, few}:
+        BT, BK, BV, warps, stages = block
+        BK, BV = _tile(K, BK), _tile(V, BV)
+        mlstm_state_kernel.run(
+            x, y, weight, scale, decay, factor, *(t if t is None else t.contiguous() for t in first), *between, *ends,
+            cut.starts, cut.lengths, cut.first, cut.T, cut.chunks, cut.R, *_strides(x, y), H,
+            K=K, V=V, L=blocks.L, BT=BT, BK=BK, BV=BV, REVERSE=reverse, HAS_FIRST=has_first, HAS_END=has_end,
+            PACKED=packed, num_warps=warps, num_stages=stages,
+            grid=(cut.sequences * _blocks_of(K, BK) * _blocks_of(V, BV), H), warmup=block != chosen,
+        )  # fmt: skip
+    _compiled_states.add(kind)
 
 
 def _state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -174,8 +193,8 @@ def mlstm_chunkwise(
     """h `[B, T, H, V]` in the dtype of v, the final C, n, m, and what the backward pass reads again. Without an initial
     C, n and m, all three, sequences start from zeros.
 
-    What is read again: numbers of tokens `[9, H, R]`, the token that each row has its stabiliser from `[H, R]`,
-    numbers of chunks `[5, N, H]`, and C and n before each chunk. R and N are rounded up there, to aligned arrays.
+    What is read again: numbers of tokens `[9, H, R]`, the token that each row has its stabiliser from `[H, R]`, numbers
+    of chunks `[5, N, H]` in float64, and C and n before each chunk. R and N are rounded up there, to aligned arrays.
     """
     with torch.cuda.device_of(q):
         return _forward(q, k, v, igate, fgate, C, n, m, cu_seqlens, input_gate == "sigmoid", gate_soft_cap, eps)
@@ -190,13 +209,13 @@ def _forward(q, k, v, igate, fgate, C, n, m, cu_seqlens, sigmoid, gate_soft_cap,
     N, packed = cut.total, cu_seqlens is not None
     qs, ks, vs, igates, fgates = (_rows(x) for x in (q, k, v, igate, fgate))
     new = q.new_empty
-    tokens, chunks = new(9, H, cut.R, dtype=torch.float32), new(5, _aligned(N), H, dtype=torch.float32)
+    tokens, chunks = new(9, H, cut.R, dtype=torch.float32), new(5, _aligned(N), H, dtype=torch.float64)
     log_f, log_f_low, log_i, peak, weight, m_rows, normaliser, denominator, state_weight = tokens
     total, top, m_before, decay, scale = chunks
-    source, key_sum = new(H, cut.R, dtype=torch.int32), new(N, H, 1, K, dtype=torch.float32)
+    source = new(H, cut.R, dtype=torch.int32)
     mlstm_fwd_gates_kernel[(N, H)](
-        igates, fgates, ks, log_f, log_f_low, log_i, peak, source, weight, total, top, key_sum, *cut.tables,
-        *_strides(igates, fgates, ks), gate_soft_cap or 0.0, H, K=K, L=L, BK=_tile(K, 64),
+        igates, fgates, log_f, log_f_low, log_i, peak, source, weight, total, top, *cut.tables,
+        *_strides(igates, fgates), gate_soft_cap or 0.0, H, L=L,
         SIGMOID=sigmoid, CAPPED=gate_soft_cap is not None, PACKED=packed, num_warps=8,
     )  # fmt: skip
     last = _new_state(q, v, cut.sequences)
@@ -205,16 +224,23 @@ def _forward(q, k, v, igate, fgate, C, n, m, cu_seqlens, sigmoid, gate_soft_cap,
         BC=128, HAS_FIRST=m is not None, SIGMOID=sigmoid, PACKED=packed, num_warps=4,
     )  # fmt: skip
     C_between, n_between = new(N, H, K, V, dtype=_state_dtype(q.dtype)), new(N, H, K, dtype=torch.float32)
-    _run_state(ks, vs, weight, scale, decay, key_sum, (C, n), (C_between, n_between), last[:2], cut, blocks)
-    scores = new(N, H, L // BS * (L // BS + 1) // 2, BS, BS)
-    BK, warps, stages = blocks.scores
-    mlstm_fwd_scores_kernel[(N * (L // BS), H)](
-        qs, ks, log_f, log_f_low, log_i, peak, m_before, n_between, scores, m_rows, normaliser, denominator,
-        state_weight, *cut.tables, *_strides(qs, ks), K**-0.5, eps, H, K=K, L=L, BS=BS, BK=_tile(K, BK),
-        SIGMOID=sigmoid, PACKED=packed, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    _run_state(ks, vs, weight, scale, decay, None, (C, n), (C_between, n_between), last[:2], cut, blocks)
+    (scores,), pieces = _pieces(cut, H, blocks, q, 1, blocks.scores_bytes)
     h = new(B * T, H, V)
-    _run_combine(qs, C_between, vs, scores, h, state_weight, cut, blocks, denominator=denominator)
+    for skip, count in pieces:
+        BK, warps, stages = blocks.scores
+        mlstm_fwd_scores_kernel[(count * (L // BS), H)](
+            qs, ks, log_f, log_f_low, log_i, peak, m_before, n_between, scores, m_rows, normaliser, denominator,
+            state_weight, *cut.tables, skip, *_strides(qs, ks), K**-0.5, eps, H, K=K, L=L, BS=BS, BK=_tile(K, BK),
+            SIGMOID=sigmoid, PACKED=packed, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        BM, BX, BY, BJ, warps, stages = blocks.combine
+        BX, BY = _tile(K, BX), _tile(V, BY)
+        mlstm_fwd_combine_kernel[(count * (L // BM) * _blocks_of(V, BY), H)](
+            qs, C_between, vs, scores, h, state_weight, denominator, *cut.tables, skip, *_strides(qs, vs, h), H,
+            K=K, V=V, L=L, BS=BS, BM=BM, BX=BX, BY=BY, BJ=BJ, HAS_FIRST=C is not None, PACKED=packed,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
     return h.view(B, T, H, V), *last, tokens, source, chunks, C_between, n_between
 
 
@@ -237,7 +263,7 @@ def _(q, k, v, igate, fgate, C, n, m, cu_seqlens, input_gate, gate_soft_cap, eps
         *_new_state(q, v, sequences),
         new(9, H, _aligned(B * T), dtype=torch.float32),
         new(H, _aligned(B * T), dtype=torch.int32),
-        new(5, _aligned(N), H, dtype=torch.float32),
+        new(5, _aligned(N), H, dtype=torch.float64),
         new(N, H, K, v.shape[-1], dtype=_state_dtype(q.dtype)),
         new(N, H, K, dtype=torch.float32),
     )
@@ -273,21 +299,14 @@ def _backward_pass(
     log_f, log_f_low, log_i, peak, weight, m_rows, normaliser, denominator, state_weight = tokens
     total, top, m_before, decay, scale = chunks
     d_norm, dC_weight, dn_weight, d_m = new(4, H, cut.R, dtype=torch.float32)
-    query_sum, m_from_state = new(N, H, L // BS, K, dtype=torch.float32), new(N, H, L // BS, dtype=torch.float32)
-    BD, warps, stages = blocks.d_scores
+    m_from_state = new(N, H, L // BS, dtype=torch.float32)
+    BD, warps, stages, registers = blocks.d_scores
+    half_ulp = 0.0 if h.dtype == torch.float32 else torch.finfo(h.dtype).eps / 2
     mlstm_bwd_rows_kernel[(N * (L // BS), H)](
-        qs, hs, dhs, log_f, log_f_low, peak, m_before, m_rows, normaliser, denominator, state_weight,
-        d_norm, dC_weight, dn_weight, query_sum, d_m, m_from_state,
-        *cut.tables, *_strides(qs, hs, dhs), eps, H, K=K, V=V, L=L, BS=BS, BK=_tile(K, BD), BV=_tile(V, BD),
+        hs, dhs, log_f, log_f_low, peak, m_before, m_rows, normaliser, denominator, state_weight,
+        d_norm, dC_weight, dn_weight, d_m, m_from_state,
+        *cut.tables, *_strides(hs, dhs), eps, H, V=V, L=L, BS=BS, BV=_tile(V, BD), HALF_ULP=half_ulp,
         SIGMOID=sigmoid, PACKED=packed, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-    pairs = L // BS * (L // BS + 1) // 2
-    scores, d_scores = new(2, N, H, pairs, BS, BS)
-    col_sum, between = new(2, L // BS, H, cut.R, dtype=torch.float32)
-    mlstm_bwd_scores_kernel[(N * pairs, H)](
-        qs, ks, vs, dhs, log_f, log_f_low, log_i, m_rows, denominator, d_norm, scores, d_scores, col_sum, between,
-        *cut.tables, *_strides(qs, ks, vs, dhs), K**-0.5, H, K=K, V=V, L=L, BS=BS, BK=_tile(K, BD), BV=_tile(V, BD),
-        PACKED=packed, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     dC_between, dn_between = torch.empty_like(C_between), torch.empty_like(n_between)
     d_first = _new_state(q, v, cut.sequences if has_state else 0)
@@ -295,24 +314,29 @@ def _backward_pass(
         zeros = _new_state(q, v, cut.sequences)
         dC, dn = (zeros[0].zero_() if dC is None else dC), (zeros[1].zero_() if dn is None else dn)
     ends = d_first[:2] if has_state else (None, None)
-    _run_state(qs, dhs, dC_weight, None, decay, query_sum, (dC, dn), (dC_between, dn_between), ends, cut, blocks)
-    d_decay = new(N, H, dtype=torch.float32)
-    mlstm_bwd_decay_kernel[(N, H)](
-        C_between, n_between, dC_between, dn_between, decay, d_decay, H,
-        K=K, V=V, BLOCK=4096, BK=_power_of_2(K), num_warps=8,
-    )  # fmt: skip
+    _run_state(qs, dhs, dC_weight, None, decay, d_norm, (dC, dn), (dC_between, dn_between), ends, cut, blocks)
     dq, dk, dv = new(B * T, H, K), new(B * T, H, K), new(B * T, H, V)
-    parts = _blocks_of(K, _tile(K, blocks.combine[2]))
-    q_dots, k_dots = new(2, parts, H, cut.R, dtype=torch.float32)
-    _run_combine(ks, dC_between, dhs, scores, dv, weight, cut, blocks, chunk_scale=scale, S_transposed=True)
-    _run_combine(
-        dhs, C_between, ks, d_scores, dq, dC_weight, cut, blocks, rank=(dn_weight, n_between), factor=qs, dots=q_dots,
-        Z_transposed=True,
-    )  # fmt: skip
-    _run_combine(
-        vs, dC_between, qs, d_scores, dk, weight, cut, blocks, chunk_scale=scale, rank=(None, dn_between), factor=ks,
-        dots=k_dots, Z_transposed=True, S_transposed=True,
-    )  # fmt: skip
+    BM, BX, BY, BJ, combine_warps, combine_stages = blocks.d_combine
+    BYK, BYV = _tile(K, BY), _tile(V, BY)
+    parts = _blocks_of(K, BYK)
+    d_decay, (q_dots, k_dots) = new(N, H, dtype=torch.float32), new(2, parts, H, cut.R, dtype=torch.float32)
+    col_sum, between = new(2, L // BS, H, cut.R, dtype=torch.float32)
+    (scores, d_scores), pieces = _pieces(cut, H, blocks, q, 2, blocks.d_scores_bytes)
+    for skip, count in pieces:
+        mlstm_bwd_scores_kernel[(count * scores.shape[2], H)](
+            qs, ks, vs, dhs, log_f, log_f_low, log_i, m_rows, denominator, d_norm, scores, d_scores, col_sum, between,
+            *cut.tables, skip, *_strides(qs, ks, vs, dhs), K**-0.5, H,
+            K=K, V=V, L=L, BS=BS, BK=_tile(K, BD), BV=_tile(V, BD), PACKED=packed,
+            num_warps=warps, num_stages=stages, maxnreg=registers,
+        )  # fmt: skip
+        mlstm_bwd_combine_kernel[(count * (L // BM * (_blocks_of(V, BYV) + 2 * parts) + 1), H)](
+            qs, ks, vs, dhs, C_between, n_between, dC_between, dn_between, scores, d_scores, weight, scale, decay,
+            dC_weight, dn_weight, dq, dk, dv, d_decay, q_dots, k_dots,
+            *cut.tables, skip, *_strides(qs, ks, vs, dhs), H,
+            K=K, V=V, L=L, BS=BS, BM=BM, BXK=_tile(K, BX), BXV=_tile(V, BX), BYK=BYK, BYV=BYV, BJ=BJ,
+            BLOCK=min(16384, _power_of_2(K * V)), BK=_power_of_2(K), PACKED=packed,
+            num_warps=combine_warps, num_stages=combine_stages,
+        )  # fmt: skip
     d_m_between = new(N, H, dtype=torch.float32)
     if sigmoid:
         d_first[2].zero_()

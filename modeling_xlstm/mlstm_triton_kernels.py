@@ -78,9 +78,9 @@ def _log_gates(igate, fgate, cap, SIGMOID: tl.constexpr, CAPPED: tl.constexpr):
 @triton.jit
 def _keeps(log_f, log_f_low, peak, m_before, tokens, at, valid):
     """Whether rows have their stabiliser from the state before the chunk, and not from one of its tokens."""
-    through = tl.load(log_f + tokens, mask=valid, other=0.0) + tl.load(m_before + at)
+    through = tl.load(log_f + tokens, mask=valid, other=0.0).to(tl.float64) + tl.load(m_before + at)
     through += tl.load(log_f_low + tokens, mask=valid, other=0.0)
-    return valid & (through >= tl.load(peak + tokens, mask=valid, other=0.0))
+    return valid & (through.to(tl.float32) >= tl.load(peak + tokens, mask=valid, other=0.0))
 
 
 @triton.jit
@@ -109,10 +109,12 @@ def _linear(z1, x1, z2, x2):
 
 @triton.jit
 def _dot(x, y, acc):
-    """x y + acc. A float16 operand meets a float32 state in TF32, which holds it exactly."""
+    """x y + acc. A float16 operand meets a float32 state in TF32, which holds it exactly, and cuts off digits of the
+    state: half of the last one is added first."""
     if x.dtype == y.dtype:
         acc = tl.dot(x, y, acc, input_precision="ieee")
     else:
+        y = (y.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
         acc = tl.dot(x.to(tl.float32), y, acc, input_precision="tf32")
     return acc
 
@@ -120,9 +122,18 @@ def _dot(x, y, acc):
 @triton.jit
 def _weights(log_f, log_f_low, m, rows, log_f_cols, log_f_low_cols, log_i, cols, EXACT: tl.constexpr):
     """What each token (columns) of a chunk weighs in each row; rows beyond the end have an infinite m."""
+    if EXACT:
+        log_f, log_f_low, log_i = log_f.to(tl.float64), log_f_low.to(tl.float64), log_i.to(tl.float64)
     D = (log_f[:, None] - log_f_cols[None, :]) + ((log_f_low[:, None] - log_f_low_cols[None, :]) + log_i[None, :])
     D = tl.where(rows[:, None] >= cols[None, :], D - m[:, None], float("-inf"))
     return _exp(D) if EXACT else tl.exp(D)
+
+
+@triton.jit
+def _chunk_scores(scores, i_chunk, i_h, H, L: tl.constexpr, BS: tl.constexpr):
+    """Where scores of a chunk start, the first of those that are in memory being 0."""
+    BLOCKS: tl.constexpr = L // BS
+    return scores + (i_chunk.to(tl.int64) * H + i_h) * (BLOCKS * (BLOCKS + 1) // 2 * BS * BS)
 
 
 @triton.jit
@@ -140,14 +151,13 @@ def _scores(rows, cols, BS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "chunks", "R"])
 def mlstm_fwd_gates_kernel(
-    igate, fgate, k, log_f, log_f_low, log_i, peak, source, weight, total, top, key_sum,
-    starts, lengths, T, chunks, R, si_t, si_h, sf_t, sf_h, sk_t, sk_h, cap, H,
-    K: tl.constexpr, L: tl.constexpr, BK: tl.constexpr,
-    SIGMOID: tl.constexpr, CAPPED: tl.constexpr, PACKED: tl.constexpr,
+    igate, fgate, log_f, log_f_low, log_i, peak, source, weight, total, top,
+    starts, lengths, T, chunks, R, si_t, si_h, sf_t, sf_h, cap, H,
+    L: tl.constexpr, SIGMOID: tl.constexpr, CAPPED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """For each token the sum of log forget gates up to it, its log input gate, its weight in the next state, the
-    largest log weight in its row and the token that has it; for each chunk the sum of log forget gates, the largest log
-    weight in the next state, and the weighted sum of keys."""
+    largest log weight in its row and the token that has it; for each chunk the sum of log forget gates and the largest
+    log weight in the next state."""
     i_chunk, i_h = tl.program_id(0), tl.program_id(1)
     start, length = _span(i_chunk, T, chunks, starts, lengths, L, PACKED)
     o_t = tl.arange(0, L)
@@ -164,25 +174,18 @@ def mlstm_fwd_gates_kernel(
     tl.store(log_f + rows, high, mask=valid)
     tl.store(log_f_low + rows, (b - high).to(tl.float32), mask=valid)
     tl.store(log_i + rows, logi.to(tl.float32), mask=valid)
-    to_end = ((b_last - b) + logi).to(tl.float32)
+    to_end = (b_last - b) + logi
     if SIGMOID:
         largest = 0.0
     else:
         largest_before, token = tl.associative_scan((reach - b, o_t), 0, _larger)
         tl.store(peak + rows, (b + largest_before).to(tl.float32), mask=valid)
         tl.store(source + rows, token, mask=valid)
-        largest = tl.max(tl.where(valid, ((b_last - b) + reach).to(tl.float32), float("-inf")), 0)
+        largest = tl.max(tl.where(valid, (b_last - b) + reach, float("-inf")), 0)
         tl.store(top + i_chunk * H + i_h, largest)
         largest = tl.where(largest == float("-inf"), 0.0, largest)
-    w = _exp(to_end - largest)
-    tl.store(weight + rows, w, mask=valid)
-    tl.store(total + i_chunk * H + i_h, b_last.to(tl.float32))
-    o_k = tl.arange(0, BK)
-    for i_k in range(0, K, BK):
-        inside = valid[:, None] & (i_k + o_k < K)[None, :]
-        keys = tl.load(k + start * sk_t + i_h * sk_h + o_t[:, None] * sk_t + i_k + o_k, mask=inside, other=0.0)
-        s = tl.sum(keys * w[:, None], 0)
-        tl.store(key_sum + (i_chunk.to(tl.int64) * H + i_h) * K + i_k + o_k, s, mask=i_k + o_k < K)
+    tl.store(weight + rows, _exp(to_end - largest), mask=valid)
+    tl.store(total + i_chunk * H + i_h, b_last)
 
 
 @triton.jit(do_not_specialize=["chunks"])
@@ -193,9 +196,9 @@ def mlstm_fwd_stabiliser_kernel(
     """m before each chunk, and what the state before it and the sum over it weigh in the state after it."""
     i_n, i_h = tl.program_id(0), tl.program_id(1)
     first, end = _sequence(i_n, chunks, first_chunk, PACKED)
-    m = tl.full([], 0.0, tl.float32)
+    m = tl.full([], 0.0, tl.float64)
     if HAS_FIRST and not SIGMOID:
-        m = tl.load(m_first + i_n * H + i_h)
+        m = tl.load(m_first + i_n * H + i_h).to(tl.float64)
     o_c = tl.arange(0, BC)
     for c in range(first, end, BC):
         at = (c + o_c) * H + i_h
@@ -203,7 +206,7 @@ def mlstm_fwd_stabiliser_kernel(
         b = tl.load(total + at, mask=valid, other=0.0)
         if SIGMOID:
             tl.store(m_before + at, tl.zeros_like(b), mask=valid)
-            tl.store(decay + at, _exp(b), mask=valid)
+            tl.store(decay + at, tl.exp(b), mask=valid)
             tl.store(scale + at, tl.zeros_like(b) + 1.0, mask=valid)
         else:
             a = tl.load(top + at, mask=valid, other=float("-inf"))
@@ -213,27 +216,39 @@ def mlstm_fwd_stabiliser_kernel(
             tl.store(m_before + at + H, m_after, mask=c + o_c + 1 < end)
             tl.debug_barrier()
             before = tl.load(m_before + at, mask=valid, other=0.0)
-            tl.store(decay + at, _exp(tl.where(valid, b + before - m_after, 0.0)), mask=valid)
-            tl.store(scale + at, _exp(tl.where(valid, a - m_after, 0.0)), mask=valid)
+            tl.store(decay + at, tl.exp(tl.where(valid, b + before - m_after, 0.0)), mask=valid)
+            tl.store(scale + at, tl.exp(tl.where(valid, a - m_after, 0.0)), mask=valid)
             m = tl.sum(tl.where(o_c == tl.minimum(end - c, BC) - 1, m_after, 0.0), 0)
-    tl.store(m_last + i_n * H + i_h, m)
+    tl.store(m_last + i_n * H + i_h, m.to(tl.float32))
 
 
 # the state, between chunks
 
 
+@triton.jit
+def _columns(x, dtype: tl.constexpr):
+    """Float32 x as columns of a matrix in a dtype of fewer digits, whose sum it is; the others are zero."""
+    o = tl.arange(0, 16)[None, :]
+    high = x.to(dtype)
+    middle = (x - high.to(tl.float32)).to(dtype)
+    low = (x - high.to(tl.float32) - middle.to(tl.float32)).to(dtype)
+    zero = tl.zeros_like(high)[:, None]
+    return tl.where(o == 0, high[:, None], tl.where(o == 1, middle[:, None], tl.where(o == 2, low[:, None], zero)))
+
+
 @triton.jit(do_not_specialize=["T", "chunks", "R"])
 def mlstm_state_kernel(
-    x, y, weight, scale, decay, vectors, C_first, n_first, C_between, n_between, C_end, n_end,
+    x, y, weight, scale, decay, factor, C_first, n_first, C_between, n_between, C_end, n_end,
     starts, lengths, first_chunk, T, chunks, R, sx_t, sx_h, sy_t, sy_h, H,
     K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    PARTS: tl.constexpr, REVERSE: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr,
-    PACKED: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """A block of C, and of n, from chunk to chunk: `C <- decay C + (w x)^T y` and `n <- decay n + vector`."""
+    """A block of C, and of n, from chunk to chunk: `C <- decay C + (w x)^T y` and `n <- decay n + (w x)^T factor`,
+    where factor is 1 but in reverse."""
     KB: tl.constexpr = (K + BK - 1) // BK
     VB: tl.constexpr = (V + BV - 1) // BV
     TILES: tl.constexpr = L // BT
+    SUMS: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float32 else tl.float32
     i, i_h = tl.program_id(0), tl.program_id(1)
     i_n, i_k, i_v = i // (KB * VB), i // VB % KB, i % VB
     first, end = _sequence(i_n, chunks, first_chunk, PACKED)
@@ -242,29 +257,31 @@ def mlstm_state_kernel(
     in_kv = in_k[:, None] & in_v[None, :]
     o_kv = o_k[:, None] * V + o_v[None, :]
     at_end = (i_n.to(tl.int64) * H + i_h) * K
-    C, n = tl.zeros([BK, BV], tl.float32), tl.zeros([BK], tl.float32)
+    C, n = tl.zeros([BK, BV], tl.float32), tl.zeros([BK, 16], SUMS)  # n is the sum of its columns
     if HAS_FIRST:
         C = tl.load(C_first + at_end * V + o_kv, mask=in_kv, other=0.0)
-        n = tl.load(n_first + at_end + o_k, mask=in_k, other=0.0)
+        in_column = in_k[:, None] & (tl.arange(0, 16) == 0)[None, :]
+        n = tl.load(n_first + at_end + o_k[:, None] + tl.zeros([BK, 16], tl.int32), mask=in_column, other=0.0).to(SUMS)
     for i_tile in range((end - first) * TILES):
         i_chunk = end - 1 - i_tile // TILES if REVERSE else first + i_tile // TILES
         start, length = _span(i_chunk, T, chunks, starts, lengths, L, PACKED)
         at = i_chunk.to(tl.int64) * H + i_h
         if i_tile % TILES == 0:
             tl.store(C_between + at * K * V + o_kv, C.to(C_between.dtype.element_ty), mask=in_kv)
-            chunk_decay = tl.load(decay + at)
-            C *= chunk_decay
             if i_v == 0:
-                tl.store(n_between + at * K + o_k, n, mask=in_k)
-                n *= chunk_decay
-                for part in tl.static_range(PARTS):
-                    vector = tl.load(vectors + (at * PARTS + part) * K + o_k, mask=in_k, other=0.0)
-                    n += vector if REVERSE else vector * tl.load(scale + at)
+                tl.store(n_between + at * K + o_k, tl.sum(n, 1).to(tl.float32), mask=in_k)
+            chunk_decay = tl.load(decay + at).to(tl.float32)
+            C *= chunk_decay
+            n *= chunk_decay
         o_row = i_tile % TILES * BT + o_t
         valid = o_row < length
-        w = tl.load(weight + i_h.to(tl.int64) * R + start + o_row, mask=valid, other=0.0)
-        if not REVERSE:
-            w *= tl.load(scale + at)
+        tokens = i_h.to(tl.int64) * R + start + o_row
+        w = tl.load(weight + tokens, mask=valid, other=0.0)
+        factors = tl.full([BT], 1.0, tl.float32)
+        if REVERSE:
+            factors = tl.load(factor + tokens, mask=valid, other=0.0)
+        else:
+            w *= tl.load(scale + at).to(tl.float32)
         xs = tl.load(
             x + start * sx_t + i_h * sx_h + o_row[:, None] * sx_t + o_k[None, :],
             mask=valid[:, None] & in_k[None, :], other=0.0,
@@ -279,10 +296,15 @@ def mlstm_state_kernel(
             C -= tl.dot(tl.trans(-weighted), ys, input_precision="ieee")
         else:
             C = tl.dot(tl.trans(weighted), ys, C)
+        if x.dtype.element_ty == tl.bfloat16:
+            n = tl.dot(tl.trans(weighted), _columns(factors, tl.bfloat16), n)
+        else:
+            total = tl.sum(weighted.to(SUMS) * factors[:, None], 0)  # may be beyond the range of float16
+            n += tl.where((tl.arange(0, 16) == 0)[None, :], total[:, None], 0.0)
     if HAS_END:
         tl.store(C_end + at_end * V + o_kv, C, mask=in_kv)
         if i_v == 0:
-            tl.store(n_end + at_end + o_k, n, mask=in_k)
+            tl.store(n_end + at_end + o_k, tl.sum(n, 1).to(tl.float32), mask=in_k)
 
 
 # scores of a chunk, and sums over its rows
@@ -305,10 +327,10 @@ def _products(x, y, sx_t, sy_t, rows, cols, length, D: tl.constexpr, BS: tl.cons
     return acc
 
 
-@triton.jit(do_not_specialize=["T", "chunks", "R"])
+@triton.jit(do_not_specialize=["T", "chunks", "R", "skip"])
 def mlstm_fwd_scores_kernel(
     q, k, log_f, log_f_low, log_i, peak, m_before, n_before, scores, m_rows, normaliser, denominator, state_weight,
-    starts, lengths, T, chunks, R, sq_t, sq_h, sk_t, sk_h, softmax_scale, eps, H,
+    starts, lengths, T, chunks, R, skip, sq_t, sq_h, sk_t, sk_h, softmax_scale, eps, H,
     K: tl.constexpr, L: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr,
     SIGMOID: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -316,7 +338,7 @@ def mlstm_fwd_scores_kernel(
     and stabiliser, normaliser and denominator of these."""
     BLOCKS: tl.constexpr = L // BS
     i, i_h = tl.program_id(0), tl.program_id(1)
-    i_chunk, i_row = i // BLOCKS, i % BLOCKS * BS
+    i_chunk, i_row = skip + i // BLOCKS, i % BLOCKS * BS
     start, length = _span(i_chunk, T, chunks, starts, lengths, L, PACKED)
     at = i_chunk.to(tl.int64) * H + i_h
     o_s, o_k = tl.arange(0, BS), tl.arange(0, BK)
@@ -327,11 +349,11 @@ def mlstm_fwd_scores_kernel(
     k += start * sk_t + i_h * sk_h
     b = tl.load(log_f + tokens + rows, mask=valid, other=0.0)
     b_low = tl.load(log_f_low + tokens + rows, mask=valid, other=0.0)
-    through = (b + tl.load(m_before + at)) + b_low
+    through = (b.to(tl.float64) + tl.load(m_before + at)) + b_low
     if SIGMOID:
         m = tl.where(valid, 0.0, float("inf"))
     else:
-        m = tl.maximum(through, tl.load(peak + tokens + rows, mask=valid, other=float("inf")))
+        m = tl.maximum(through.to(tl.float32), tl.load(peak + tokens + rows, mask=valid, other=float("inf")))
     g = _exp(through - m) * softmax_scale
     norm = tl.zeros([BS], tl.float32)
     for i_k in range(0, K, BK):
@@ -340,8 +362,8 @@ def mlstm_fwd_scores_kernel(
         n = tl.load(n_before + at * K + i_k + o_k, mask=in_k, other=0.0)
         norm += tl.sum(qs * n[None, :], 1)
     norm *= g
-    scores += at * (BLOCKS * (BLOCKS + 1) // 2 * BS * BS)
-    for col in range(0, tl.minimum(length, i_row + BS), BS):
+    scores = _chunk_scores(scores, i_chunk - skip, i_h, H, L, BS)
+    for col in tl.range(0, tl.minimum(length, i_row + BS), BS, flatten=True):
         cols = col + o_s
         S = _products(q, k, sq_t, sk_t, rows, cols, length, K, BS, BK)
         b_cols = tl.load(log_f + tokens + cols, mask=cols < length, other=0.0)
@@ -365,24 +387,23 @@ def mlstm_fwd_scores_kernel(
 
 @triton.jit(do_not_specialize=["T", "chunks", "R"])
 def mlstm_bwd_rows_kernel(
-    q, h, dh, log_f, log_f_low, peak, m_before, m_rows, normaliser, denominator, state_weight,
-    d_norm, dC_weight, dn_weight, query_sum, d_m, m_from_state,
-    starts, lengths, T, chunks, R, sq_t, sq_h, sh_t, sh_h, sd_t, sd_h, eps, H,
-    K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    h, dh, log_f, log_f_low, peak, m_before, m_rows, normaliser, denominator, state_weight,
+    d_norm, dC_weight, dn_weight, d_m, m_from_state,
+    starts, lengths, T, chunks, R, sh_t, sh_h, sd_t, sd_h, eps, H,
+    V: tl.constexpr, L: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr, HALF_ULP: tl.constexpr,
     SIGMOID: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the normaliser (times the denominator) and stabiliser of some rows, what that and the output weigh
-    in gradients of the state, and the weighted sum of queries that enters the gradient of n."""
+    """Gradients of the normaliser (times the denominator) and stabiliser of some rows, and what that and the output
+    weigh in gradients of the state."""
     BLOCKS: tl.constexpr = L // BS
     i, i_h = tl.program_id(0), tl.program_id(1)
     i_chunk, i_row = i // BLOCKS, i % BLOCKS * BS
     start, length = _span(i_chunk, T, chunks, starts, lengths, L, PACKED)
     at = i_chunk.to(tl.int64) * H + i_h
-    o_s, o_k = tl.arange(0, BS), tl.arange(0, BK)
+    o_s = tl.arange(0, BS)
     rows = i_row + o_s
     valid = rows < length
     tokens = i_h.to(tl.int64) * R + start + rows
-    q += start * sq_t + i_h * sq_h
     h += start * sh_t + i_h * sh_h
     dh += start * sd_t + i_h * sd_h
     # dh h, minus the gradient of the denominator times that. Summed like products of dh and v: where one token makes a
@@ -394,25 +415,22 @@ def mlstm_bwd_rows_kernel(
     norm = tl.load(normaliser + tokens, mask=valid, other=0.0)
     sign = tl.where(norm > 0, -1.0, tl.where(norm < 0, 1.0, 0.0))
     du = tl.where(tl.abs(norm) >= _exp(tl.minimum(-m, LOG_FLOOR)), sign * u, 0.0)
-    g = tl.load(state_weight + tokens, mask=valid, other=0.0) / den
+    g = tl.div_rn(tl.load(state_weight + tokens, mask=valid, other=0.0), den)
     tl.store(d_norm + tokens, du, mask=valid)
     tl.store(dC_weight + tokens, g, mask=valid)
     tl.store(dn_weight + tokens, g * du, mask=valid)
     if not SIGMOID:
         keeps = _keeps(log_f, log_f_low, peak, m_before, tokens, at, valid)
-        dm = -eps * u / den
+        # What eps leaves of it. Where rounding of h hides that, it would be alone with its sign.
+        dm = tl.where(eps >= HALF_ULP * den, -eps * u / den, 0.0)
         tl.store(d_m + tokens, dm, mask=valid)
         tl.store(m_from_state + at * BLOCKS + i % BLOCKS, tl.sum(tl.where(keeps, dm, 0.0), 0))
-    for i_k in range(0, K, BK):
-        in_k = i_k + o_k < K
-        qs = tl.load(q + rows[:, None] * sq_t + i_k + o_k[None, :], mask=valid[:, None] & in_k[None, :], other=0.0)
-        tl.store(query_sum + (at * BLOCKS + i % BLOCKS) * K + i_k + o_k, tl.sum(qs * (g * du)[:, None], 0), mask=in_k)
 
 
-@triton.jit(do_not_specialize=["T", "chunks", "R"])
+@triton.jit(do_not_specialize=["T", "chunks", "R", "skip"])
 def mlstm_bwd_scores_kernel(
     q, k, v, dh, log_f, log_f_low, log_i, m_rows, denominator, d_norm, scores, d_scores, col_sum, between,
-    starts, lengths, T, chunks, R, sq_t, sq_h, sk_t, sk_h, sv_t, sv_h, sd_t, sd_h, softmax_scale, H,
+    starts, lengths, T, chunks, R, skip, sq_t, sq_h, sk_t, sk_h, sv_t, sv_h, sd_t, sd_h, softmax_scale, H,
     K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -422,13 +440,12 @@ def mlstm_bwd_scores_kernel(
     BLOCKS: tl.constexpr = L // BS
     PAIRS: tl.constexpr = BLOCKS * (BLOCKS + 1) // 2
     i, i_h = tl.program_id(0), tl.program_id(1)
-    i_chunk, pair = i // PAIRS, i % PAIRS
+    i_chunk, pair = skip + i // PAIRS, i % PAIRS
     block = 0
     for row in tl.static_range(1, BLOCKS):
         block += tl.where(pair >= row * (row + 1) // 2, 1, 0)
     start, length = _span(i_chunk, T, chunks, starts, lengths, L, PACKED)
     if block * BS < length:
-        at = i_chunk.to(tl.int64) * H + i_h
         plane = tl.cast(R, tl.int64) * H
         o_s = tl.arange(0, BS)
         rows, part = block * BS + o_s, pair - block * (block + 1) // 2
@@ -445,7 +462,7 @@ def mlstm_bwd_scores_kernel(
         b_cols = tl.load(log_f + tokens + cols, mask=cols < length, other=0.0)
         b_low_cols = tl.load(log_f_low + tokens + cols, mask=cols < length, other=0.0)
         logi = tl.load(log_i + tokens + cols, mask=cols < length, other=float("-inf"))
-        inv = 1 / tl.load(denominator + tokens + rows, mask=valid, other=1.0)
+        inv = tl.div_rn(tl.full([BS], 1.0, tl.float32), tl.load(denominator + tokens + rows, mask=valid, other=1.0))
         dS = _products(dh, v, sd_t, sv_t, rows, cols, length, V, BS, BV)
         dS = (dS + tl.load(d_norm + tokens + rows, mask=valid, other=0.0)[:, None]) * inv[:, None]
         S = _products(q, k, sq_t, sk_t, rows, cols, length, K, BS, BK)
@@ -454,51 +471,50 @@ def mlstm_bwd_scores_kernel(
             * softmax_scale
         )
         S *= W
-        inside = (at * PAIRS + pair) * BS * BS + o_s[:, None] * BS + o_s[None, :]
+        inside = pair * BS * BS + o_s[:, None] * BS + o_s[None, :]
+        scores = _chunk_scores(scores, i_chunk - skip, i_h, H, L, BS)
+        d_scores = _chunk_scores(d_scores, i_chunk - skip, i_h, H, L, BS)
         tl.store(scores + inside, (S * inv[:, None]).to(scores.dtype.element_ty))
         tl.store(d_scores + inside, (dS * W).to(d_scores.dtype.element_ty))
         dD = S * dS
         tl.store(col_sum + plane * block + tokens + cols, tl.sum(dD, 0), mask=cols < length)
-        later = tl.where(o_s[:, None] <= o_s[None, :], 1.0, 0.0).to(q.dtype.element_ty)
-        below = tl.dot(later, dD.to(q.dtype.element_ty), input_precision="ieee")
-        below = tl.sum(tl.where(rows[:, None] > cols[None, :], below, 0.0), 1)
+        if part < block:
+            below = tl.cumsum(tl.sum(dD, 1), 0, reverse=True)
+        else:
+            later = tl.where(o_s[:, None] <= o_s[None, :], 1.0, 0.0).to(q.dtype.element_ty)
+            below = tl.dot(later, dD.to(q.dtype.element_ty), input_precision="ieee")
+            below = tl.sum(tl.where(rows[:, None] > cols[None, :], below, 0.0), 1)
         tl.store(between + plane * part + tokens + rows, below, mask=valid)
 
 
 # what comes through the state and from the chunk, for a block of rows
 
 
-@triton.jit(do_not_specialize=["T", "chunks", "R"])
-def mlstm_combine_kernel(
-    x, Z, y, scores, out, state_scale, chunk_scale, denominator, rank_rows, rank_cols, factor, dots,
-    starts, lengths, T, chunks, R, sx_t, sx_h, sy_t, sy_h, so_t, so_h, sf_t, sf_h, H,
+@triton.jit
+def _combine(
+    i_row, i_y, i_h, start, length, at, width,
+    x, Z, y, scores, out, scale, rank_rows, rank_cols, factor, dots, denominator,
+    R, H, sx_t, sx_h, sy_t, sy_h, so_t, so_h, sf_t, sf_h,
     X: tl.constexpr, Y: tl.constexpr, L: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BX: tl.constexpr,
     BY: tl.constexpr, BJ: tl.constexpr, Z_TRANSPOSED: tl.constexpr, S_TRANSPOSED: tl.constexpr,
-    HAS_CHUNK_SCALE: tl.constexpr, HAS_DENOMINATOR: tl.constexpr, HAS_DOTS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """`out = scale (x Z) + scores y` for a block of rows and columns; x `[R, X]`, Z `[X, Y]` of each chunk, y `[R, Y]`.
+    `width` is X, or 0 where Z is zero.
 
     With dots, a product of a vector of rows and one of columns is added to the part through the state, and the product
     of each row of that part with a row of `factor` is returned.
     """
-    BLOCKS: tl.constexpr = L // BS
-    STRIPS: tl.constexpr = L // BM
-    COLUMNS: tl.constexpr = (Y + BY - 1) // BY
-    i, i_h = tl.program_id(0), tl.program_id(1)
-    i_chunk, i_row, i_y = i // (STRIPS * COLUMNS), i // COLUMNS % STRIPS * BM, i % COLUMNS
-    start, length = _span(i_chunk, T, chunks, starts, lengths, L, PACKED)
     if i_row < length:
         o_s, o_x, o_y, o_j = tl.arange(0, BM), tl.arange(0, BX), i_y * BY + tl.arange(0, BY), tl.arange(0, BJ)
         rows = i_row + o_s
         valid, in_y = rows < length, o_y < Y
         tokens = i_h.to(tl.int64) * R + start
-        at = i_chunk.to(tl.int64) * H + i_h
         x += start * sx_t + i_h * sx_h
         y += start * sy_t + i_h * sy_h
         Z += at * X * Y
         # through the state
         acc = tl.zeros([BM, BY], tl.float32)
-        for i_x in range(0, X, BX):
+        for i_x in range(0, width, BX):
             in_x = i_x + o_x < X
             xs = tl.load(x + rows[:, None] * sx_t + i_x + o_x[None, :], mask=valid[:, None] & in_x[None, :], other=0.0)
             if Z_TRANSPOSED:
@@ -506,13 +522,9 @@ def mlstm_combine_kernel(
             else:
                 Zs = tl.load(Z + (i_x + o_x)[:, None] * Y + o_y[None, :], mask=in_x[:, None] & in_y[None, :], other=0.0)
             acc = _dot(xs, Zs, acc)
-        scale = tl.load(state_scale + tokens + rows, mask=valid, other=0.0)
-        if HAS_CHUNK_SCALE:
-            scale *= tl.load(chunk_scale + at)
         acc *= scale[:, None]
-        if HAS_DOTS:
-            along = scale if HAS_CHUNK_SCALE else tl.load(rank_rows + tokens + rows, mask=valid, other=0.0)
-            acc += along[:, None] * tl.load(rank_cols + at * Y + o_y, mask=in_y, other=0.0)[None, :]
+        if dots is not None:
+            acc += rank_rows[:, None] * tl.load(rank_cols + at * Y + o_y, mask=in_y, other=0.0)[None, :]
             factors = tl.load(
                 factor + start * sf_t + i_h * sf_h + rows[:, None] * sf_t + o_y[None, :],
                 mask=valid[:, None] & in_y[None, :], other=0.0,
@@ -521,7 +533,6 @@ def mlstm_combine_kernel(
         # from tokens of the chunk
         first = i_row if S_TRANSPOSED else 0
         end = tl.minimum(length, L if S_TRANSPOSED else i_row + BM)
-        scores += at * (BLOCKS * (BLOCKS + 1) // 2 * BS * BS)
         for j in range(first, end, BJ):
             if S_TRANSPOSED:
                 inside, stored = _scores(j + o_j, rows, BS)
@@ -534,33 +545,116 @@ def mlstm_combine_kernel(
                 mask=(j + o_j < length)[:, None] & in_y[None, :], other=0.0,
             )  # fmt: skip
             acc = tl.dot(S, ys, acc, input_precision="ieee")
-        if HAS_DENOMINATOR:
-            acc /= tl.load(denominator + tokens + rows, mask=valid, other=1.0)[:, None]
+        if denominator is not None:
+            if x.dtype.element_ty == tl.float32:  # where the last bit is seen
+                acc = tl.div_rn(acc, denominator[:, None])
+            else:
+                acc /= denominator[:, None]
         tl.store(
             out + start * so_t + i_h * so_h + rows[:, None] * so_t + o_y[None, :],
             acc.to(out.dtype.element_ty), mask=valid[:, None] & in_y[None, :],
         )  # fmt: skip
 
 
-# gradients of gates
+@triton.jit
+def _of_rows(numbers, i_h, start, rows, length, R, other):
+    return tl.load(numbers + i_h.to(tl.int64) * R + start + rows, mask=rows < length, other=other)
+
+
+@triton.jit(do_not_specialize=["T", "chunks", "R", "skip"])
+def mlstm_fwd_combine_kernel(
+    q, C, v, scores, h, state_weight, denominator,
+    starts, lengths, T, chunks, R, skip, sq_t, sq_h, sv_t, sv_h, sh_t, sh_h, H,
+    K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BX: tl.constexpr,
+    BY: tl.constexpr, BJ: tl.constexpr, HAS_FIRST: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """h of a block of rows and columns."""
+    STRIPS: tl.constexpr = L // BM
+    COLUMNS: tl.constexpr = (V + BY - 1) // BY
+    i, i_h = tl.program_id(0), tl.program_id(1)
+    i_chunk, i_row, i_v = skip + i // (STRIPS * COLUMNS), i // COLUMNS % STRIPS * BM, i % COLUMNS
+    start, length = _span(i_chunk, T, chunks, starts, lengths, L, PACKED)
+    rows = i_row + tl.arange(0, BM)
+    scale = _of_rows(state_weight, i_h, start, rows, length, R, 0.0)
+    den = _of_rows(denominator, i_h, start, rows, length, R, 1.0)
+    scores = _chunk_scores(scores, i_chunk - skip, i_h, H, L, BS)
+    _combine(
+        i_row, i_v, i_h, start, length, i_chunk.to(tl.int64) * H + i_h,
+        K if HAS_FIRST or PACKED else tl.where(i_chunk % chunks == 0, 0, K),
+        q, C, v, scores, h, scale, None, None, None, None, den, R, H, sq_t, sq_h, sv_t, sv_h, sh_t, sh_h, None, None,
+        K, V, L, BS, BM, BX, BY, BJ, False, False,
+    )  # fmt: skip
 
 
 @triton.jit
-def mlstm_bwd_decay_kernel(
-    C, n, dC, dn, decay, d_decay, H,
-    K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """The gradient of the log of a chunk's decay: the state before it, times the gradient of the state after it."""
-    i_chunk, i_h = tl.program_id(0), tl.program_id(1)
-    at = i_chunk.to(tl.int64) * H + i_h
+def _state_product(C, n, dC, dn, at, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr):
+    """The inner product of a state and a gradient of it."""
     o_k, o = tl.arange(0, BK), tl.arange(0, BLOCK)
     product = tl.load(n + at * K + o_k, mask=o_k < K, other=0.0) * tl.load(dn + at * K + o_k, mask=o_k < K, other=0.0)
-    total = tl.sum(product, 0)
     products = tl.zeros([BLOCK], tl.float32)
     for i in range(0, K * V, BLOCK):
         xs = tl.load(C + at * K * V + i + o, mask=i + o < K * V, other=0.0).to(tl.float32)
         products += xs * tl.load(dC + at * K * V + i + o, mask=i + o < K * V, other=0.0).to(tl.float32)
-    tl.store(d_decay + at, (total + tl.sum(products, 0)) * tl.load(decay + at))
+    return tl.sum(product, 0) + tl.sum(products, 0)
+
+
+@triton.jit(do_not_specialize=["T", "chunks", "R", "skip"])
+def mlstm_bwd_combine_kernel(
+    q, k, v, dh, C, n, dC, dn, scores, d_scores, weight, scale, decay, dC_weight, dn_weight,
+    dq, dk, dv, d_decay, q_dots, k_dots,
+    starts, lengths, T, chunks, R, skip, sq_t, sq_h, sk_t, sk_h, sv_t, sv_h, sd_t, sd_h, H,
+    K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BXK: tl.constexpr,
+    BXV: tl.constexpr, BYK: tl.constexpr, BYV: tl.constexpr, BJ: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    """dq, dk or dv of a block of rows and columns, or the gradient of the log of a chunk's decay. Programs for one
+    chunk follow each other: what one has read from memory the others find in the L2 cache.
+
+    C is the state before the chunk, dC the gradient of that after it; both enter the gradient of the decay.
+    """
+    STRIPS: tl.constexpr = L // BM
+    V_COLUMNS: tl.constexpr = (V + BYV - 1) // BYV
+    K_COLUMNS: tl.constexpr = (K + BYK - 1) // BYK
+    ROLES: tl.constexpr = STRIPS * (V_COLUMNS + 2 * K_COLUMNS) + 1
+    i, i_h = tl.program_id(0), tl.program_id(1)
+    i_chunk, role = skip + i // ROLES, i % ROLES
+    start, length = _span(i_chunk, T, chunks, starts, lengths, L, PACKED)
+    at = i_chunk.to(tl.int64) * H + i_h
+    if role < STRIPS * V_COLUMNS:
+        i_row = role // V_COLUMNS * BM
+        rows = i_row + tl.arange(0, BM)
+        w = _of_rows(weight, i_h, start, rows, length, R, 0.0) * tl.load(scale + at).to(tl.float32)
+        _combine(
+            i_row, role % V_COLUMNS, i_h, start, length, at, K,
+            k, dC, dh, _chunk_scores(scores, i_chunk - skip, i_h, H, L, BS), dv, w, None, None, None, None, None,
+            R, H, sk_t, sk_h, sd_t, sd_h, H * V, V, None, None, K, V, L, BS, BM, BXK, BYV, BJ, False, True,
+        )  # fmt: skip
+    elif role < STRIPS * (V_COLUMNS + K_COLUMNS):
+        part = role - STRIPS * V_COLUMNS
+        i_row = part // K_COLUMNS * BM
+        rows = i_row + tl.arange(0, BM)
+        w = _of_rows(dC_weight, i_h, start, rows, length, R, 0.0)
+        rank_rows = _of_rows(dn_weight, i_h, start, rows, length, R, 0.0)
+        _combine(
+            i_row, part % K_COLUMNS, i_h, start, length, at, V,
+            dh, C, k, _chunk_scores(d_scores, i_chunk - skip, i_h, H, L, BS), dq, w, rank_rows, n, q, q_dots, None,
+            R, H, sd_t, sd_h, sk_t, sk_h, H * K, K, sq_t, sq_h, V, K, L, BS, BM, BXV, BYK, BJ, True, False,
+        )  # fmt: skip
+    elif role < ROLES - 1:
+        part = role - STRIPS * (V_COLUMNS + K_COLUMNS)
+        i_row = part // K_COLUMNS * BM
+        rows = i_row + tl.arange(0, BM)
+        w = _of_rows(weight, i_h, start, rows, length, R, 0.0) * tl.load(scale + at).to(tl.float32)
+        _combine(
+            i_row, part % K_COLUMNS, i_h, start, length, at, V,
+            v, dC, q, _chunk_scores(d_scores, i_chunk - skip, i_h, H, L, BS), dk, w, w, dn, k, k_dots, None,
+            R, H, sv_t, sv_h, sq_t, sq_h, H * K, K, sk_t, sk_h, V, K, L, BS, BM, BXV, BYK, BJ, True, True,
+        )  # fmt: skip
+    else:
+        tl.store(d_decay + at, _state_product(C, n, dC, dn, at, K, V, BLOCK, BK) * tl.load(decay + at).to(tl.float32))
+
+
+# gradients of gates
 
 
 @triton.jit
@@ -606,7 +700,8 @@ def mlstm_bwd_stabiliser_kernel(
         for block in tl.static_range(BLOCKS):
             own += tl.load(m_from_state + at * BLOCKS + block, mask=valid, other=0.0)
         through = tl.load(total + at, mask=valid, other=0.0) + tl.load(m_before + at, mask=valid, other=0.0)
-        keeps = tl.where(through >= tl.load(top + at, mask=valid, other=0.0), 1.0, 0.0)
+        reached = tl.load(top + at, mask=valid, other=0.0)
+        keeps = tl.where(through.to(tl.float32) >= reached.to(tl.float32), 1.0, 0.0)
         keeps_all, own_all = tl.associative_scan((keeps, own), 0, _linear)
         before = keeps_all * carry + own_all
         if c == 0:

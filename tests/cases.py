@@ -105,7 +105,7 @@ def outputs_and_grads(op: Op, inputs: Inputs) -> dict[str, Tensor]:
     generator = _generator(1)
     # sixteenths, which every dtype holds exactly
     weights = [(16 * _randn(*x.shape, generator=generator)).round() / 16 for x in outputs.values()]
-    loss = sum((weight * x).sum() for weight, x in zip(weights, outputs.values(), strict=True))
+    loss = sum((weight.to(x.device) * x).sum() for weight, x in zip(weights, outputs.values(), strict=True))
     grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
     gradients = {f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
     return {name: x.detach() for name, x in outputs.items()} | gradients
@@ -139,7 +139,7 @@ def separately(op: Op, lengths: Sequence[int] = PACKED) -> Op:
 def packed(op: Op, lengths: Sequence[int] = PACKED) -> Op:
     """All of them in one call, told apart by `cu_seqlens`."""
     cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return lambda inputs: op(inputs, cu_seqlens=cu_seqlens)
+    return lambda inputs: op(inputs, cu_seqlens=cu_seqlens.to(next(iter(inputs.values())).device))
 
 
 def padding_mask(side: str, lengths: Sequence[int] = PACKED, T: int = 70) -> Tensor:
@@ -156,7 +156,7 @@ def padded(op: Op, mask: Tensor) -> Op:
     """All of them as rows of a padded batch, with large values at padded positions; h at real positions only."""
 
     def pad(x: Tensor) -> Tensor:
-        junk = 100 * _randn(*mask.shape, *x.shape[2:], generator=_generator(3)).to(x.dtype)
+        junk = 100 * _randn(*mask.shape, *x.shape[2:], generator=_generator(3)).to(x)
         return junk.index_put((mask,), x[0])
 
     def run(inputs: Inputs):

@@ -89,7 +89,8 @@ def test_programs_that_walk_over_many_rows_are_right(dtype):
 def test_heads_of_one_channel_have_nothing_but_a_bias():
     x = drawn(2, 5, 3, 1)
     results = output_and_grads(kernels, x)
-    assert torch.equal(results["gradient of h"], torch.zeros(2, 5, 3, 1))
+    # the division by the deviation, the root of eps, magnifies rounding a thousand times
+    torch.testing.assert_close(results["gradient of h"], torch.zeros(2, 5, 3, 1), atol=1e-4, rtol=0.0)
     assert torch.equal(results["gradient of weight"], torch.zeros(3))
     torch.testing.assert_close(results["y"], torch.sigmoid(x["o"]) * x["bias"])
 

@@ -34,6 +34,9 @@ pytestmark = [
     pytest.mark.skipif(not (GPU or INTERPRETED), reason="needs a GPU, or TRITON_INTERPRET=1"),
 ]
 
+if GPU or INTERPRETED:
+    from modeling_xlstm import mlstm_triton
+
 DEVICE = torch.device("cuda" if GPU else "cpu")
 INPUTS = ("q", "k", "v", "igate", "fgate")
 INPUT_GATES = ("exp", "sigmoid")
@@ -49,12 +52,11 @@ def chunkwise(x, backend, **options):
     )
 
 
-def on_gpu(x, cu_seqlens=None, mask=None, **options):
-    """The Triton backend, for inputs and results on the CPU."""
-    options |= {"cu_seqlens": cu_seqlens, "mask": mask}
-    options = {name: o.to(DEVICE) if isinstance(o, torch.Tensor) else o for name, o in options.items()}
-    h, state = chunkwise({name: t.to(DEVICE) for name, t in x.items()}, "triton", **options)
-    return h.cpu(), MLSTMState(*(t.cpu() for t in state))
+def inputs(*sizes, **options):
+    return {name: t.to(DEVICE) for name, t in mlstm_inputs(*sizes, **options).items()}
+
+
+on_triton, on_torch = (partial(chunkwise, backend=backend) for backend in ("triton", "torch"))
 
 
 def plain(x, input_gate="exp", gate_soft_cap=None, eps=1e-6, cu_seqlens=None):
@@ -83,7 +85,7 @@ def _parallel(q, k, v, igate, fgate, C, n, m, input_gate, gate_soft_cap, eps):
     closed = torch.isneginf(igate) & torch.isneginf(fgate)
     k, igate = k.masked_fill(closed[..., None], 0.0), igate.masked_fill(closed, 0.0)
     igate = F.logsigmoid(igate) if input_gate == "sigmoid" else igate
-    causal = torch.ones(T, T, dtype=torch.bool).tril()
+    causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
     D = logf[..., None].expand(*logf.shape, T).masked_fill(~causal.tril(-1), 0.0).cumsum(-2) + igate[..., None, :]
     D, through = D.masked_fill(~causal, -math.inf), logf.cumsum(-1)
     m_rows = torch.zeros_like(through)
@@ -117,9 +119,8 @@ def results(x, dtype, way=lambda op: op, **options):
     def held(op):
         return lambda t, **more: op(t | {name: m.to(t["C"].dtype) for name, m in fixed.items()}, **more)
 
-    torch_backend = partial(chunkwise, backend="torch", **options)
-    oracle = outputs_and_grads(way(held(torch_backend)), {name: t.double() for name, t in x.items()})
-    ops = (partial(on_gpu, **options), torch_backend, partial(plain, **options))
+    oracle = outputs_and_grads(way(held(partial(on_torch, **options))), {name: t.double() for name, t in x.items()})
+    ops = (partial(op, **options) for op in (on_triton, on_torch, plain))
     actual, *baselines = (outputs_and_grads(way(held(op)), x) for op in ops)
 
     def error(baseline, name):
@@ -137,55 +138,55 @@ def assert_correct(x, dtype, way=lambda op: op, **options):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("T", [1, 63, 64, 65, 200, 300] if GPU else [1, 65])
 def test_any_length_is_right(T, dtype, input_gate):
-    assert_correct(mlstm_inputs(BATCH, T, HEADS, aligned=True), dtype, input_gate=input_gate)
+    assert_correct(inputs(BATCH, T, HEADS, aligned=True), dtype, input_gate=input_gate)
 
 
 @pytest.mark.parametrize("input_gate", INPUT_GATES if GPU else ("exp",))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("regime", [*REGIMES[1:], "closed"] if GPU else ["keep", "overwrite", "closed"])
 def test_extreme_gates_are_right(regime, dtype, input_gate):
-    assert_correct(mlstm_inputs(BATCH, 150 if GPU else 70, HEADS, regime=regime), dtype, input_gate=input_gate)
+    assert_correct(inputs(BATCH, 150 if GPU else 70, HEADS, regime=regime), dtype, input_gate=input_gate)
 
 
 SHAPES = [(3, 33, 2, 16, 16), (2, 70, 2, 24, 96), (2, 9, 3, 17, 33)]
-LARGE = [(4, 300, 2, 64, 128), (4, 270, 2, 192, 192), (4, 520, 2, 128, 256), (4, 520, 2, 256, 512), (2, 600, 9, 8, 4)]
+LARGE = [(16, 300, 2, 64, 128), (16, 270, 2, 192, 192), (16, 520, 2, 128, 256), (16, 520, 2, 256, 512)]
+LARGE += [(40, 300, 2, 128, 256), (4, 600, 9, 8, 4)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("B, T, H, K, V", SHAPES + LARGE if GPU else SHAPES)
 def test_any_head_size_is_right(B, T, H, K, V, dtype):
-    assert_correct(mlstm_inputs(B, T, H, K, V, aligned=True), dtype)
+    assert_correct(inputs(B, T, H, K, V, aligned=True), dtype)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_half_precision_is_right(dtype):
-    assert_correct(mlstm_inputs(2, 40, 2, 24, 17, aligned=True), dtype)
+    assert_correct(inputs(2, 40, 2, 24, 17, aligned=True), dtype)
 
 
 @pytest.mark.parametrize("input_gate", INPUT_GATES if GPU else ("exp",))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_packed_sequences_are_right(dtype, input_gate):
-    x = mlstm_inputs(1, sum(PACKED), HEADS, rows=len(PACKED), aligned=True)
+    x = inputs(1, sum(PACKED), HEADS, rows=len(PACKED), aligned=True)
     assert_correct(x, dtype, packed, input_gate=input_gate)
 
 
 @pytest.mark.skipif(not GPU, reason="too slow in the interpreter")
 def test_many_packed_sequences_are_right():
     lengths = (300, 1, 0, 255, 256, 257, 512, 0, 33)
-    x = mlstm_inputs(1, sum(lengths), rows=len(lengths), aligned=True)
+    x = inputs(1, sum(lengths), rows=len(lengths), aligned=True)
     assert_correct(x, torch.bfloat16, partial(packed, lengths=lengths))
 
 
 @pytest.mark.parametrize("side", ["left", "scattered"] if GPU else ["scattered"])
 def test_padding_is_right(side):
     """Against the PyTorch backend, whose padding has tests of its own."""
-    mask = padding_mask(side)
-    x = rounded(mlstm_inputs(1, sum(PACKED), HEADS, rows=len(PACKED), aligned=True), torch.float32)
+    mask = padding_mask(side).to(DEVICE)
+    x = rounded(inputs(1, sum(PACKED), HEADS, rows=len(PACKED), aligned=True), torch.float32)
     oracle = {name: t.double() for name, t in x.items()}
-    torch_backend = partial(chunkwise, backend="torch")
     results = [
         outputs_and_grads(padded(op, mask), tensors)
-        for op, tensors in ((on_gpu, x), (torch_backend, oracle), (torch_backend, x))
+        for op, tensors in ((on_triton, x), (on_torch, oracle), (on_torch, x))
     ]
     assert_each(assert_matches, *results)
 
@@ -193,22 +194,23 @@ def test_padding_is_right(side):
 @pytest.mark.parametrize("input_gate", INPUT_GATES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_soft_cap_on_gates_is_right(dtype, input_gate):
-    x = mlstm_inputs(BATCH, 40, HEADS, aligned=True)
+    # with the other seed no normaliser is within 4 % of 1, from where on it divides, and a gradient jumps
+    x = inputs(BATCH, 40, HEADS, aligned=True, seed={"exp": 0, "sigmoid": 219}[input_gate])
     x |= {name: 10 * x[name] for name in ("igate", "fgate")}
     assert_correct(x, dtype, input_gate=input_gate, gate_soft_cap=5.0)
 
 
 def test_padding_and_a_soft_cap_go_together():
-    mask = padding_mask("left")
-    x = rounded(mlstm_inputs(1, sum(PACKED), HEADS, rows=len(PACKED), aligned=True), torch.float32)
-    ops = [partial(op, gate_soft_cap=2.0) for op in (on_gpu, partial(chunkwise, backend="torch"))]
+    mask = padding_mask("left").to(DEVICE)
+    x = rounded(inputs(1, sum(PACKED), HEADS, rows=len(PACKED), aligned=True), torch.float32)
+    ops = [partial(op, gate_soft_cap=2.0) for op in (on_triton, on_torch)]
     h, expected = (padded(op, mask)(x)[0] for op in ops)
     torch.testing.assert_close(h, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("layout", ["sparse", "reversed"])
 def test_views_that_are_not_contiguous_are_right(layout):
-    assert_correct(mlstm_inputs(2, 20, HEADS, aligned=True), torch.float32, partial(strided, layout=layout))
+    assert_correct(inputs(2, 20, HEADS, aligned=True), torch.float32, partial(strided, layout=layout))
 
 
 def test_a_fused_projection_needs_no_copies():
@@ -227,21 +229,19 @@ def test_a_fused_projection_needs_no_copies():
 
 @pytest.mark.parametrize("split", [1, 64, 77] if GPU else [65])
 def test_a_sequence_in_two_parts_is_right(split):
-    assert_correct(mlstm_inputs(2, 130, HEADS, aligned=True), torch.float32, partial(in_two, split=split))
+    assert_correct(inputs(2, 130, HEADS, aligned=True), torch.float32, partial(in_two, split=split))
 
 
 @pytest.mark.parametrize("input_gate", INPUT_GATES)
 def test_no_state_is_a_state_of_zeros(input_gate):
-    x = rounded(fresh(mlstm_inputs(2, 20, 2, aligned=True)), torch.float32)
+    x = rounded(fresh(inputs(2, 20, 2, aligned=True)), torch.float32)
     tokens = {name: x[name] for name in INPUTS}
 
     def without(t):
-        inputs = (t[name].to(DEVICE) for name in INPUTS)
-        h, state = mlstm_chunkwise(*inputs, input_gate=input_gate, backend="triton")
-        return h.cpu(), MLSTMState(*(part.cpu() for part in state))
+        return mlstm_chunkwise(*(t[name] for name in INPUTS), input_gate=input_gate, backend="triton")
 
     def zeros(t):
-        return on_gpu(x | t, input_gate=input_gate)
+        return on_triton(x | t, input_gate=input_gate)
 
     expected = outputs_and_grads(zeros, tokens)
     for name, result in outputs_and_grads(without, tokens).items():
@@ -249,20 +249,32 @@ def test_no_state_is_a_state_of_zeros(input_gate):
 
 
 def test_two_runs_are_bit_equal():
-    x = rounded(mlstm_inputs(2, 70, 2, aligned=True), DTYPES[-1])
-    first, second = (outputs_and_grads(on_gpu, x) for _ in range(2))
+    x = rounded(inputs(2, 70, 2, aligned=True), DTYPES[-1])
+    first, second = (outputs_and_grads(on_triton, x) for _ in range(2))
     for name, result in first.items():
         assert torch.equal(result, second[name]), name
 
 
+@pytest.mark.parametrize("lengths", [None, PACKED], ids=["batch", "packed"])
+def test_scores_may_be_in_memory_a_few_at_a_time(monkeypatch, lengths):
+    way, sizes = (lambda op: op, (2, 150)) if lengths is None else (packed, (1, sum(PACKED)))
+    x = rounded(inputs(*sizes, 2, rows=None if lengths is None else len(lengths), aligned=True), DTYPES[-1])
+    expected, blocks = outputs_and_grads(way(on_triton), x), mlstm_triton._blocks
+    for size in (1, 200_000):
+        small = partial(lambda size, *args: blocks(*args)._replace(scores_bytes=size, d_scores_bytes=size), size)
+        monkeypatch.setattr(mlstm_triton, "_blocks", small)
+        for name, result in outputs_and_grads(way(on_triton), x).items():
+            assert torch.equal(result, expected[name]), name
+
+
 def test_gradients_of_parts_of_the_outputs_are_right():
-    x = rounded(mlstm_inputs(1, 40, 2, aligned=True), torch.float32)
+    x = rounded(inputs(1, 40, 2, aligned=True), torch.float32)
     for pick in (0, 1, 2, 3):
         grads = []
-        for op in (on_gpu, partial(chunkwise, backend="torch")):
+        for op in (on_triton, on_torch):
             leaves = {name: t.clone().requires_grad_() for name, t in x.items()}
             h, state = op(leaves)
-            weight = torch.linspace(-1, 1, (h, *state)[pick].numel()).view_as((h, *state)[pick])
+            weight = torch.linspace(-1, 1, (h, *state)[pick].numel(), device=DEVICE).view_as((h, *state)[pick])
             loss = ((h, *state)[pick] * weight).sum()
             grads.append(torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True))
         for name, actual, expected in zip(x, *grads, strict=True):
@@ -271,22 +283,22 @@ def test_gradients_of_parts_of_the_outputs_are_right():
 
 
 def test_unneeded_gradients_are_left_out():
-    x = rounded(fresh(mlstm_inputs(1, 17, 2)), torch.float32)
+    x = rounded(fresh(inputs(1, 17, 2)), torch.float32)
     v = x["v"].clone().requires_grad_()
-    h, state = on_gpu(x | {"v": v})
+    h, state = on_triton(x | {"v": v})
     assert h.requires_grad and all(t.requires_grad for t in state)
     (grad,) = torch.autograd.grad(h.sum(), v)
     assert grad.isfinite().all()
     with torch.no_grad():
-        assert not on_gpu(x | {"v": v})[0].requires_grad
+        assert not on_triton(x | {"v": v})[0].requires_grad
 
 
 @pytest.mark.parametrize("has_state", [True, False], ids=["state", "no state"])
 @pytest.mark.parametrize("bounds", [None, [0, 7, 7, 19]], ids=["batch", "packed"])
 def test_the_op_keeps_the_promises_of_a_custom_op(bounds, has_state):
-    x = rounded(mlstm_inputs(1, 19, 2, 4, 3, rows=None if bounds is None else len(bounds) - 1), torch.float32)
+    x = rounded(inputs(1, 19, 2, 4, 3, rows=None if bounds is None else len(bounds) - 1), torch.float32)
     cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
-    tensors = [t.to(DEVICE).requires_grad_() if has_state or name in INPUTS else None for name, t in x.items()]
+    tensors = [t.requires_grad_() if has_state or name in INPUTS else None for name, t in x.items()]
     # what the backward pass reads again has no gradient, which the autograd check of opcheck asks for
     torch.library.opcheck(
         torch.ops.modeling_xlstm.mlstm_chunkwise_triton,
@@ -296,7 +308,7 @@ def test_the_op_keeps_the_promises_of_a_custom_op(bounds, has_state):
 
 
 def test_it_is_one_op_to_a_compiler():
-    x = {name: t.to(DEVICE) for name, t in rounded(mlstm_inputs(2, 19), torch.float32).items()}
+    x = rounded(inputs(2, 19), torch.float32)
     leaves = [{name: t.clone().requires_grad_() for name, t in x.items()} for _ in range(2)]
     op = partial(chunkwise, backend="triton")
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
@@ -309,52 +321,53 @@ def test_it_is_one_op_to_a_compiler():
 
 
 @pytest.mark.skipif(not GPU, reason="counts what is compiled for a GPU")
-def test_nothing_is_compiled_again_for_another_batch_or_length():
-    from modeling_xlstm import mlstm_triton
-
+@pytest.mark.parametrize("K, V", [(24, 40), (128, 256)])
+def test_nothing_is_compiled_again_for_another_batch_or_length(K, V):
     kernels = [x for name, x in vars(mlstm_triton).items() if name.endswith("_kernel")]
 
     def run(B, T):
-        x = rounded(mlstm_inputs(B, T, 2, 24, 40), torch.bfloat16)
-        outputs_and_grads(on_gpu, x)
+        x = rounded(inputs(B, T, 2, K, V), torch.bfloat16)
+        outputs_and_grads(on_triton, x)
         return sum(len(cache) for kernel in kernels for cache, *_ in kernel.device_caches.values())
 
     compiled = run(1, 1)
     assert compiled > 0
-    assert [run(B, T) for B, T in ((2, 17), (3, 256), (16, 16), (5, 513))] == [compiled] * 4
+    assert [run(B, T) for B, T in ((2, 17), (3, 256), (80, 16), (5, 513))] == [compiled] * 4
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 def test_auto_is_triton_on_a_gpu_and_torch_where_it_cannot_serve():
-    x = {name: t.to(DEVICE) for name, t in mlstm_inputs(2, 19).items()}
+    x = inputs(2, 19)
     single = rounded(x, torch.float32)
     assert torch.equal(chunkwise(single, "auto")[0], chunkwise(single, "triton")[0])
     assert torch.equal(chunkwise(x, "auto")[0], chunkwise(x, "torch")[0])
 
 
 def test_float64_is_refused_with_the_reason():
-    x = {name: t.to(DEVICE) for name, t in mlstm_inputs(2, 5).items()}
+    x = inputs(2, 5)
     with pytest.raises(NotImplementedError, match="the kernels take float16, bfloat16 and float32, not float64"):
         chunkwise(x, "triton")
 
 
 @pytest.mark.skipif(not GPU, reason="too slow in the interpreter")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_random_shapes_are_right(dtype):
+@pytest.mark.parametrize(
+    "K, V", [(16, 16), (24, 96), (40, 192), (64, 64), (96, 128), (128, 256), (192, 24), (256, 512), (72, 384)]
+)
+def test_random_shapes_are_right(K, V, dtype):
     """All shapes together, each tensor in units of its largest entry: a few numbers are no measure of an error."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(K)
 
     def draw(*choices):
         return choices[int(torch.randint(len(choices), (), generator=generator))]
 
     together: dict[str, list[tuple[torch.Tensor, ...]]] = {}
-    for seed in range(67):  # 200 in all dtypes
-        K, V = draw((16, 16), (24, 96), (64, 64), (40, 192), (128, 256), (192, 24), (96, 128), (256, 512))
+    for seed in range(8):  # 216 in all
         B, T, H = draw(1, 2, 3, 5), int(torch.randint(1, 700, (), generator=generator)), draw(1, 2, 4)
-        x = mlstm_inputs(B, T, H, K, V, aligned=True, seed=seed)
+        x = inputs(B, T, H, K, V, aligned=True, seed=seed)
         actual, oracle, baseline = results(x, dtype, input_gate=draw("exp", "sigmoid"))
         for name, expected in oracle.items():
-            assert actual[name].dtype == baseline[name].dtype, (name, x["q"].shape, V)
+            assert actual[name].dtype == baseline[name].dtype, (name, B, T, H)
             scale = expected.abs().max().clamp(min=1e-300)
             scaled = ((t.double() / scale).flatten() for t in (actual[name], expected, baseline[name]))
             together.setdefault(name, []).append(tuple(scaled))

@@ -287,7 +287,7 @@ def test_a_counter_serves_any_number_of_steps():
 
 @pytest.mark.parametrize("name", STATE)
 def test_a_state_with_gaps_is_read_but_not_updated_in_place(name):
-    x = inputs()
+    x = {key: t.to(DEVICE) for key, t in inputs().items()}
     gaps = x | {name: torch.stack((x[name], x[name]), -1)[..., 0]}
     assert_same(step(gaps), step(x))
     tensors = on_device(gaps, INPUTS + STATE)
