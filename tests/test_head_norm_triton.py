@@ -6,22 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numerics import assert_each, assert_matches
-
-from modeling_xlstm.backends import INTERPRETED
-
-
-pytest.importorskip("triton")
+from triton_device import DEVICE, GPU, needs_somewhere_to_run
 
 from modeling_xlstm.head_norm_triton import gated_head_norm
 
 
-GPU = torch.cuda.is_available()
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.skipif(not (GPU or INTERPRETED), reason="needs a GPU, or TRITON_INTERPRET=1"),
-]
+pytestmark = [pytest.mark.usefixtures("poisoned_memory"), needs_somewhere_to_run]
 
-DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FORMS = {
     "xLSTM-7B": {"names": ("h", "o", "weight"), "offset": 0.0},

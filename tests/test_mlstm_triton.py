@@ -21,23 +21,17 @@ from cases import (
     strided,
 )
 from numerics import assert_each, assert_matches
+from triton_device import DEVICE, GPU, RUN, needs_somewhere_to_run
 
-from modeling_xlstm.backends import INTERPRETED
 from modeling_xlstm.fused import soft_cap
 from modeling_xlstm.mlstm import MLSTMState, mlstm_chunkwise
 
 
-pytest.importorskip("triton")
-GPU = torch.cuda.is_available()
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.skipif(not (GPU or INTERPRETED), reason="needs a GPU, or TRITON_INTERPRET=1"),
-]
+pytestmark = [pytest.mark.usefixtures("poisoned_memory"), needs_somewhere_to_run]
 
-if GPU or INTERPRETED:
+if RUN:
     from modeling_xlstm import mlstm_triton
 
-DEVICE = torch.device("cuda" if GPU else "cpu")
 INPUTS = ("q", "k", "v", "igate", "fgate")
 INPUT_GATES = ("exp", "sigmoid")
 BATCH, HEADS = (8, 3) if GPU else (3, 3)  # the more rows, the better errors are measured

@@ -7,24 +7,18 @@ import torch
 import torch.nn.functional as F
 from cases import REGIMES, fresh, mlstm_inputs, outputs_and_grads, rounded, strided
 from numerics import assert_each, assert_matches
+from triton_device import DEVICE, GPU, RUN, needs_somewhere_to_run
 
 from modeling_xlstm import mlstm_torch
-from modeling_xlstm.backends import INTERPRETED
 from modeling_xlstm.fused import soft_cap
 from modeling_xlstm.mlstm import MLSTMState
 
 
-pytest.importorskip("triton")
-GPU = torch.cuda.is_available()
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.skipif(not (GPU or INTERPRETED), reason="needs a GPU, or TRITON_INTERPRET=1"),
-]
+pytestmark = [pytest.mark.usefixtures("poisoned_memory"), needs_somewhere_to_run]
 
-if GPU or INTERPRETED:
+if RUN:
     from modeling_xlstm import mlstm_triton_step as triton_step
 
-DEVICE = torch.device("cuda" if GPU else "cpu")
 INPUTS = ("q", "k", "v", "igate", "fgate")
 STATE = MLSTMState._fields
 EPILOGUE = ("ogate", "weight", "bias")

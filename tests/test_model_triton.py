@@ -3,15 +3,11 @@
 import pytest
 import torch
 from models import tiny_model
+from triton_device import DEVICE, GPU, needs_somewhere_to_run
 
-from modeling_xlstm.backends import INTERPRETED
 
+pytestmark = needs_somewhere_to_run
 
-pytest.importorskip("triton")
-GPU = torch.cuda.is_available()
-pytestmark = pytest.mark.skipif(not (GPU or INTERPRETED), reason="needs a GPU, or TRITON_INTERPRET=1")
-
-DEVICE = torch.device("cuda" if GPU else "cpu")
 KINDS = ["post_up", "pre_up"]
 
 
