@@ -105,6 +105,10 @@ def step_inputs(s: Shape) -> Inputs:
     return mlstm_inputs(s) | {name: normal(*size, dtype=torch.float32) for name, size in sizes.items()}
 
 
+def gated_step_inputs(s: Shape) -> Inputs:
+    return step_inputs(s) | {"ogate": normal(s.B, s.H * s.V), "weight": normal(s.H * s.V)}
+
+
 def chunkwise_traffic(s: Shape, backward: bool = False) -> int:
     """Forward q, k, v and gates are read and h is written; backward they and dh are read and gradients written."""
     inputs, h = s.B * s.T * s.H * (2 * (2 * s.K + s.V) + 2 * 4), s.B * s.T * s.H * s.V * 2
@@ -119,6 +123,11 @@ def chunkwise_flops(s: Shape) -> int:
 def step_traffic(s: Shape) -> int:
     """C, n and m are read and written, q, k, v and gates read, h is written."""
     return s.B * s.H * (2 * 4 * (s.K * s.V + s.K + 1) + 2 * (2 * s.K + s.V) + 2 * 4 + 2 * s.V)
+
+
+def gated_step_traffic(s: Shape) -> int:
+    """As a step, and the output gate and the norm's weight are read."""
+    return step_traffic(s) + 2 * (s.B + 1) * s.H * s.V
 
 
 # ours and peers
@@ -147,6 +156,7 @@ def head_norm(h: Tensor, o: Tensor, weight: Tensor) -> Tensor:
 
 
 STEP_OPTIONS = {"mask": None, "input_gate": "exp", "gate_soft_cap": None, "eps": EPS}
+NORM_OPTIONS = STEP_OPTIONS | {"bias": None, "norm_eps": EPS, "offset": 0.0}
 CHUNKWISE = (
     Implementation(OURS, OURS, lambda: imported(OURS, "mlstm_chunkwise", backend="triton")),
     mlstm_kernels("limit_chunk-64", "chunkwise--triton_limit_chunk", 64),
@@ -172,6 +182,17 @@ STEP = (
         "triton-step", "mlstm_kernels",
         lambda: imported("mlstm_kernels.torch.recurrent.triton_step", "mlstm_recurrent_step__triton"),
         lambda x: {n: t[..., None] if n in "ifm" else t for n, t in zip("qkvifcnm", x.values(), strict=True)},
+    ),
+)  # fmt: skip
+GATED_STEP = (
+    Implementation(
+        OURS, OURS, lambda: imported("modeling_xlstm.mlstm_triton_step", "mlstm_step_gated", **NORM_OPTIONS),
+        lambda x: x | {"counter": torch.zeros_like(x["m"], dtype=torch.int32)},
+    ),
+    Implementation(
+        f"{OURS} in place", OURS,
+        lambda: imported("modeling_xlstm.mlstm_triton_step", "mlstm_step_gated_", **NORM_OPTIONS),
+        lambda x: x | {"counter": torch.zeros_like(x["m"], dtype=torch.int32)},
     ),
 )  # fmt: skip
 HEAD_NORM = (
@@ -208,6 +229,11 @@ OPS = (
     Op(
         "mlstm step", "h and the state after one token of each sequence", ("tests/test_mlstm_triton_step.py",), TOKENS,
         STEP, step_inputs, step_traffic, lambda s: s.B * s.H * 4 * s.K * s.V, graphed=True,  # k v^T and q C
+    ),
+    Op(
+        "mlstm gated step", "sigmoid(o) * layer_norm(h) * weight and the state after one token of each sequence",
+        ("tests/test_mlstm_triton_step.py",), TOKENS, GATED_STEP, gated_step_inputs, gated_step_traffic,
+        lambda s: s.B * s.H * 4 * s.K * s.V, graphed=True,
     ),
     Op(
         "gated head norm", "sigmoid(o) * layer_norm(h) * weight, the norm over each head",

@@ -175,6 +175,8 @@ def mlstm_step_gated(
     channels = v.shape[1] * v.shape[2]
     check_like("ogate", ogate, (q.shape[0], channels), q.device, (v.dtype,))
     check_like("weight", weight, (channels,), q.device)
+    if bias is not None:
+        check_like("bias", bias, (channels,), q.device)
     resolve("triton", q)
     state = _check_state(state, q, v, q.shape[0])
     if mask is not None:

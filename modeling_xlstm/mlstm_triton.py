@@ -4,15 +4,16 @@ A sequence is cut into chunks of `L` tokens. Within a chunk, tokens reach rows t
 attention; across chunks through the state, of which only the values between chunks are ever in memory. Forward and
 backward pass are mostly two kinds of products, each one kernel:
 
-`mlstm_state_kernel`: states between chunks, in a run over the sequence, `C <- decay C + (w x)^T y`. Forward: C from k
-and v. Backward: dC from q and dh, in reverse.
+`mlstm_state_kernel`: states between chunks, in a run over the sequence, `C <- decay C + (w x)^T y`, and n with a factor
+instead of y. Forward: C from k and v. Backward: dC from q and dh, in reverse.
 
-`mlstm_combine_kernel`: `out = scale (x Z) + scores y` for a block of rows, what comes through the state and from tokens
-of the chunk. Forward: h. Backward: dq, dk and dv.
+`_combine`, a part of two kernels: `out = scale (x Z) + scores y` for a block of rows, what comes through the state and
+from tokens of the chunk. Forward: h. Backward: dq, dk and dv, in one launch with the inner product of states and their
+gradients, as all of these read the same.
 
 Around them are kernels for gates, for the stabiliser between chunks, and for scores and sums over their rows. Scores,
-and states between chunks, have the dtype of the inputs (but states of float16 are float32, whose range they need). The
-backward pass takes the states between chunks from the forward pass and recomputes the scores.
+and states between chunks, have the dtype of the inputs, but float32 for float16, whose range is short. The backward
+pass takes the states between chunks from the forward pass and recomputes the scores.
 
 Dims: `B` batch `T` time `H` heads `K` query and key dim `V` value dim `R` rows (tokens of all sequences) `N` chunks of
 all sequences `L` chunk length `BS` tokens of a block of scores. Letters are those of `mlstm_torch`.
@@ -116,7 +117,7 @@ def _cut(B: int, T: int, cu_seqlens: Tensor | None, L: int) -> _Chunks:
     chunks = _blocks_of(T, L)
     if cu_seqlens is None:
         return _Chunks(T, _aligned(B * T), chunks, B * chunks, B)
-    bounds = cu_seqlens.to(torch.int64)
+    bounds = cu_seqlens.to(torch.int64).clamp(0, T)  # a compiled caller has not checked them
     N = bounds.numel() - 1
     total = T // L + N
     first = F.pad(((bounds.diff() + (L - 1)) // L).cumsum(0), (1, 0))
@@ -128,9 +129,13 @@ def _cut(B: int, T: int, cu_seqlens: Tensor | None, L: int) -> _Chunks:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """`[B, T, H, D]` as `[R, H, D]`, D contiguous, a view where there is one. Gates have no D."""
+    """`[B, T, H, D]` as `[R, H, D]`, gates `[B, T, H]` as `[R, H]`. What has one token after the other is read where it
+    is; other layouts are copied, so that no stride depends on a length, and 32 bits hold offsets within a chunk."""
     x = x.flatten(0, 1)
-    return x if x.dim() == 2 or x.stride(-1) == 1 else x.contiguous()
+    if x.dim() == 2:
+        return x
+    heads_in_tokens = x.stride(-1) == 1 and x.stride(1) <= max(x.stride(0), x.shape[-1])
+    return x if heads_in_tokens and x.stride(0) < 1 << 22 else x.contiguous()
 
 
 def _aligned(size: int) -> int:
@@ -145,28 +150,38 @@ def _strides(*tensors: Tensor) -> list[int]:
 def _pieces(
     cut: _Chunks, H: int, blocks: _Blocks, x: Tensor, matrices: int, most_bytes: int
 ) -> tuple[Tensor, list[tuple[int, int]]]:
-    """Room for some matrices of scores `[matrices, chunks, H, blocks, BS, BS]` in the dtype of x, for as many chunks as
-    are to be in memory at once, and the first and number of chunks of each piece."""
+    """Room for some matrices of scores `[matrices, chunks, H, blocks, BS, BS]`, for as many chunks as are to be in
+    memory at once, and the first and number of chunks of each piece."""
     N, pairs = cut.total, blocks.L // blocks.BS * (blocks.L // blocks.BS + 1) // 2
-    of_chunk = matrices * H * pairs * blocks.BS**2 * x.itemsize
+    dtype = _kept_dtype(x.dtype)
+    of_chunk = matrices * H * pairs * blocks.BS**2 * dtype.itemsize
     most = _blocks_of(N, _blocks_of(N * of_chunk, most_bytes))
     spans = [(first, min(most, N - first)) for first in range(0, N, most)]
-    return x.new_empty(matrices, most, H, pairs, blocks.BS, blocks.BS), spans
+    return x.new_empty(matrices, most, H, pairs, blocks.BS, blocks.BS, dtype=dtype), spans
 
 
-_compiled_states: set[tuple] = set()  # for which kinds of arguments
+_compiled_states: set[tuple] = set()  # for which kinds of arguments, all that Triton tells apart
+
+
+def _at_16(*tensors: Tensor) -> tuple[bool, ...]:
+    """Whether data starts at a multiple of 16 bytes."""
+    return tuple(x.is_meta or x.data_ptr() % 16 == 0 for x in tensors)
 
 
 def _run_state(x, y, weight, scale, decay, factor, first, between, ends, cut, blocks):
     """Launches `mlstm_state_kernel`, in reverse with `factor` instead of `scale`; `first`, `between` and `ends` are C
-    and n. Blocks are small where few sequences would leave most of a GPU idle, and both sizes are compiled at once."""
+    and n.
+
+    Blocks are small where few sequences would leave most of a GPU idle. Both sizes are compiled at the first call, so
+    that no batch size is the first to need one.
+    """
     (_, H, K), V = x.shape, y.shape[-1]
     packed, reverse = cut.starts is not None, factor is not None
     has_first, has_end = first[0] is not None, ends[0] is not None
     many, few = blocks.d_state if reverse else blocks.state, blocks.few_states
     busy = cut.sequences * H * _blocks_of(K, many[1]) * _blocks_of(V, many[2]) > _processors(x.device) / 2
     chosen = many if busy else few
-    kind = (x.device, x.dtype, K, V, packed, reverse, has_first, has_end)
+    kind = (x.device, x.dtype, H, K, V, *_strides(x, y), _at_16(x, y), packed, reverse, has_first, has_end)
     for block in (chosen,) if kind in _compiled_states else {many, few}:
         BT, BK, BV, warps, stages = block
         BK, BV = _tile(K, BK), _tile(V, BV)
@@ -180,8 +195,8 @@ def _run_state(x, y, weight, scale, decay, factor, first, between, ends, cut, bl
     _compiled_states.add(kind)
 
 
-def _state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of states between chunks: that of the inputs, but for the range of float16."""
+def _kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of states between chunks and of scores: that of the inputs, but for the range of float16."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
@@ -223,7 +238,7 @@ def _forward(q, k, v, igate, fgate, C, n, m, cu_seqlens, sigmoid, gate_soft_cap,
         total, top, None if m is None else m.contiguous(), m_before, decay, scale, last[2], cut.first, cut.chunks, H,
         BC=128, HAS_FIRST=m is not None, SIGMOID=sigmoid, PACKED=packed, num_warps=4,
     )  # fmt: skip
-    C_between, n_between = new(N, H, K, V, dtype=_state_dtype(q.dtype)), new(N, H, K, dtype=torch.float32)
+    C_between, n_between = new(N, H, K, V, dtype=_kept_dtype(q.dtype)), new(N, H, K, dtype=torch.float32)
     _run_state(ks, vs, weight, scale, decay, None, (C, n), (C_between, n_between), last[:2], cut, blocks)
     (scores,), pieces = _pieces(cut, H, blocks, q, 1, blocks.scores_bytes)
     h = new(B * T, H, V)
@@ -264,7 +279,7 @@ def _(q, k, v, igate, fgate, C, n, m, cu_seqlens, input_gate, gate_soft_cap, eps
         new(9, H, _aligned(B * T), dtype=torch.float32),
         new(H, _aligned(B * T), dtype=torch.int32),
         new(5, _aligned(N), H, dtype=torch.float64),
-        new(N, H, K, v.shape[-1], dtype=_state_dtype(q.dtype)),
+        new(N, H, K, v.shape[-1], dtype=_kept_dtype(q.dtype)),
         new(N, H, K, dtype=torch.float32),
     )
 

@@ -21,6 +21,8 @@ except ImportError as error:
 # exp of it is zero, and sums of it over a chunk are finite: the log of a forget gate that is shut
 LOG_ZERO = tl.constexpr(-1e5)
 LOG_FLOOR = tl.constexpr(MAX_LOG_FLOOR)
+# gates are small, and may be slices of anything
+GATES, GATE_STRIDES = ["igate", "fgate"], ["si_t", "si_h", "sf_t", "sf_h"]
 
 
 # helpers
@@ -108,14 +110,20 @@ def _linear(z1, x1, z2, x2):
 
 
 @triton.jit
+def _tf32(x):
+    """Float32 rounded to what TF32 holds; a product would cut the other digits off. Float16 fits as it is."""
+    if x.dtype == tl.float32:
+        x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
 def _dot(x, y, acc):
-    """x y + acc. A float16 operand meets a float32 state in TF32, which holds it exactly, and cuts off digits of the
-    state: half of the last one is added first."""
+    """x y + acc. Where one is float16 and the other is kept in float32, for its range, in TF32."""
     if x.dtype == y.dtype:
         acc = tl.dot(x, y, acc, input_precision="ieee")
     else:
-        y = (y.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
-        acc = tl.dot(x.to(tl.float32), y, acc, input_precision="tf32")
+        acc = tl.dot(_tf32(x), _tf32(y), acc, input_precision="tf32")
     return acc
 
 
@@ -149,7 +157,7 @@ def _scores(rows, cols, BS: tl.constexpr):
 # gates and stabiliser
 
 
-@triton.jit(do_not_specialize=["T", "chunks", "R"])
+@triton.jit(do_not_specialize=["T", "chunks", "R", *GATE_STRIDES], do_not_specialize_on_alignment=GATES)
 def mlstm_fwd_gates_kernel(
     igate, fgate, log_f, log_f_low, log_i, peak, source, weight, total, top,
     starts, lengths, T, chunks, R, si_t, si_h, sf_t, sf_h, cap, H,
@@ -158,7 +166,7 @@ def mlstm_fwd_gates_kernel(
     """For each token the sum of log forget gates up to it, its log input gate, its weight in the next state, the
     largest log weight in its row and the token that has it; for each chunk the sum of log forget gates and the largest
     log weight in the next state."""
-    i_chunk, i_h = tl.program_id(0), tl.program_id(1)
+    i_chunk, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     start, length = _span(i_chunk, T, chunks, starts, lengths, L, PACKED)
     o_t = tl.arange(0, L)
     valid = o_t < length
@@ -169,7 +177,7 @@ def mlstm_fwd_gates_kernel(
     b = tl.cumsum(logf, 0)
     b_last = tl.sum(tl.where(o_t == L - 1, b, 0.0), 0)  # the same sum, so that nothing is between it and the last
     reach = tl.where(valid & closed, 0.0, logi)  # for the stabiliser a shut gate is open to a key of zero
-    rows = i_h.to(tl.int64) * R + start + o_t
+    rows = i_h * R + start + o_t
     high = b.to(tl.float32)
     tl.store(log_f + rows, high, mask=valid)
     tl.store(log_f_low + rows, (b - high).to(tl.float32), mask=valid)
@@ -194,7 +202,7 @@ def mlstm_fwd_stabiliser_kernel(
     BC: tl.constexpr, HAS_FIRST: tl.constexpr, SIGMOID: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """m before each chunk, and what the state before it and the sum over it weigh in the state after it."""
-    i_n, i_h = tl.program_id(0), tl.program_id(1)
+    i_n, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     first, end = _sequence(i_n, chunks, first_chunk, PACKED)
     m = tl.full([], 0.0, tl.float64)
     if HAS_FIRST and not SIGMOID:
@@ -249,7 +257,7 @@ def mlstm_state_kernel(
     VB: tl.constexpr = (V + BV - 1) // BV
     TILES: tl.constexpr = L // BT
     SUMS: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float32 else tl.float32
-    i, i_h = tl.program_id(0), tl.program_id(1)
+    i, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_n, i_k, i_v = i // (KB * VB), i // VB % KB, i % VB
     first, end = _sequence(i_n, chunks, first_chunk, PACKED)
     o_k, o_v, o_t = i_k * BK + tl.arange(0, BK), i_v * BV + tl.arange(0, BV), tl.arange(0, BT)
@@ -275,7 +283,7 @@ def mlstm_state_kernel(
             n *= chunk_decay
         o_row = i_tile % TILES * BT + o_t
         valid = o_row < length
-        tokens = i_h.to(tl.int64) * R + start + o_row
+        tokens = i_h * R + start + o_row
         w = tl.load(weight + tokens, mask=valid, other=0.0)
         factors = tl.full([BT], 1.0, tl.float32)
         if REVERSE:
@@ -290,16 +298,16 @@ def mlstm_state_kernel(
             y + start * sy_t + i_h * sy_h + o_row[:, None] * sy_t + o_v[None, :],
             mask=valid[:, None] & in_v[None, :], other=0.0,
         )  # fmt: skip
-        weighted = (xs * w[:, None]).to(xs.dtype)
+        weighted = (xs * w[:, None]).to(C_between.dtype.element_ty)
         if x.dtype.element_ty == tl.float32:
             # Small terms first, which rounds less. A sum would be compiled to a product that adds each to C.
             C -= tl.dot(tl.trans(-weighted), ys, input_precision="ieee")
         else:
-            C = tl.dot(tl.trans(weighted), ys, C)
+            C = _dot(tl.trans(weighted), ys, C)
         if x.dtype.element_ty == tl.bfloat16:
             n = tl.dot(tl.trans(weighted), _columns(factors, tl.bfloat16), n)
         else:
-            total = tl.sum(weighted.to(SUMS) * factors[:, None], 0)  # may be beyond the range of float16
+            total = tl.sum(weighted.to(SUMS) * factors[:, None], 0)
             n += tl.where((tl.arange(0, 16) == 0)[None, :], total[:, None], 0.0)
     if HAS_END:
         tl.store(C_end + at_end * V + o_kv, C, mask=in_kv)
@@ -337,14 +345,14 @@ def mlstm_fwd_scores_kernel(
     """What tokens of a chunk (`scores`) and the state before it (`state_weight`) weigh in the numerator of some rows,
     and stabiliser, normaliser and denominator of these."""
     BLOCKS: tl.constexpr = L // BS
-    i, i_h = tl.program_id(0), tl.program_id(1)
+    i, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_chunk, i_row = skip + i // BLOCKS, i % BLOCKS * BS
     start, length = _span(i_chunk, T, chunks, starts, lengths, L, PACKED)
     at = i_chunk.to(tl.int64) * H + i_h
     o_s, o_k = tl.arange(0, BS), tl.arange(0, BK)
     rows = i_row + o_s
     valid = rows < length
-    tokens = i_h.to(tl.int64) * R + start
+    tokens = i_h * R + start
     q += start * sq_t + i_h * sq_h
     k += start * sk_t + i_h * sk_h
     b = tl.load(log_f + tokens + rows, mask=valid, other=0.0)
@@ -396,14 +404,14 @@ def mlstm_bwd_rows_kernel(
     """Gradients of the normaliser (times the denominator) and stabiliser of some rows, and what that and the output
     weigh in gradients of the state."""
     BLOCKS: tl.constexpr = L // BS
-    i, i_h = tl.program_id(0), tl.program_id(1)
+    i, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_chunk, i_row = i // BLOCKS, i % BLOCKS * BS
     start, length = _span(i_chunk, T, chunks, starts, lengths, L, PACKED)
     at = i_chunk.to(tl.int64) * H + i_h
     o_s = tl.arange(0, BS)
     rows = i_row + o_s
     valid = rows < length
-    tokens = i_h.to(tl.int64) * R + start + rows
+    tokens = i_h * R + start + rows
     h += start * sh_t + i_h * sh_h
     dh += start * sd_t + i_h * sd_h
     # dh h, minus the gradient of the denominator times that. Summed like products of dh and v: where one token makes a
@@ -439,7 +447,7 @@ def mlstm_bwd_scores_kernel(
     """
     BLOCKS: tl.constexpr = L // BS
     PAIRS: tl.constexpr = BLOCKS * (BLOCKS + 1) // 2
-    i, i_h = tl.program_id(0), tl.program_id(1)
+    i, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_chunk, pair = skip + i // PAIRS, i % PAIRS
     block = 0
     for row in tl.static_range(1, BLOCKS):
@@ -451,7 +459,7 @@ def mlstm_bwd_scores_kernel(
         rows, part = block * BS + o_s, pair - block * (block + 1) // 2
         cols = part * BS + o_s
         valid = rows < length
-        tokens = i_h.to(tl.int64) * R + start
+        tokens = i_h * R + start
         q += start * sq_t + i_h * sq_h
         k += start * sk_t + i_h * sk_h
         v += start * sv_t + i_h * sv_h
@@ -482,7 +490,7 @@ def mlstm_bwd_scores_kernel(
             below = tl.cumsum(tl.sum(dD, 1), 0, reverse=True)
         else:
             later = tl.where(o_s[:, None] <= o_s[None, :], 1.0, 0.0).to(q.dtype.element_ty)
-            below = tl.dot(later, dD.to(q.dtype.element_ty), input_precision="ieee")
+            below = _dot(later, dD.to(scores.dtype.element_ty), tl.zeros([BS, BS], tl.float32))
             below = tl.sum(tl.where(rows[:, None] > cols[None, :], below, 0.0), 1)
         tl.store(between + plane * part + tokens + rows, below, mask=valid)
 
@@ -508,7 +516,7 @@ def _combine(
         o_s, o_x, o_y, o_j = tl.arange(0, BM), tl.arange(0, BX), i_y * BY + tl.arange(0, BY), tl.arange(0, BJ)
         rows = i_row + o_s
         valid, in_y = rows < length, o_y < Y
-        tokens = i_h.to(tl.int64) * R + start
+        tokens = i_h * R + start
         x += start * sx_t + i_h * sx_h
         y += start * sy_t + i_h * sy_h
         Z += at * X * Y
@@ -529,7 +537,7 @@ def _combine(
                 factor + start * sf_t + i_h * sf_h + rows[:, None] * sf_t + o_y[None, :],
                 mask=valid[:, None] & in_y[None, :], other=0.0,
             )  # fmt: skip
-            tl.store(dots + i_y.to(tl.int64) * H * R + tokens + rows, tl.sum(acc * factors, 1), mask=valid)
+            tl.store(dots + i_y * R.to(tl.int64) * H + tokens + rows, tl.sum(acc * factors, 1), mask=valid)
         # from tokens of the chunk
         first = i_row if S_TRANSPOSED else 0
         end = tl.minimum(length, L if S_TRANSPOSED else i_row + BM)
@@ -544,7 +552,7 @@ def _combine(
                 y + (j + o_j)[:, None] * sy_t + o_y[None, :],
                 mask=(j + o_j < length)[:, None] & in_y[None, :], other=0.0,
             )  # fmt: skip
-            acc = tl.dot(S, ys, acc, input_precision="ieee")
+            acc = _dot(S, ys, acc)
         if denominator is not None:
             if x.dtype.element_ty == tl.float32:  # where the last bit is seen
                 acc = tl.div_rn(acc, denominator[:, None])
@@ -558,7 +566,7 @@ def _combine(
 
 @triton.jit
 def _of_rows(numbers, i_h, start, rows, length, R, other):
-    return tl.load(numbers + i_h.to(tl.int64) * R + start + rows, mask=rows < length, other=other)
+    return tl.load(numbers + i_h * R + start + rows, mask=rows < length, other=other)
 
 
 @triton.jit(do_not_specialize=["T", "chunks", "R", "skip"])
@@ -571,7 +579,7 @@ def mlstm_fwd_combine_kernel(
     """h of a block of rows and columns."""
     STRIPS: tl.constexpr = L // BM
     COLUMNS: tl.constexpr = (V + BY - 1) // BY
-    i, i_h = tl.program_id(0), tl.program_id(1)
+    i, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_chunk, i_row, i_v = skip + i // (STRIPS * COLUMNS), i // COLUMNS % STRIPS * BM, i % COLUMNS
     start, length = _span(i_chunk, T, chunks, starts, lengths, L, PACKED)
     rows = i_row + tl.arange(0, BM)
@@ -616,7 +624,7 @@ def mlstm_bwd_combine_kernel(
     V_COLUMNS: tl.constexpr = (V + BYV - 1) // BYV
     K_COLUMNS: tl.constexpr = (K + BYK - 1) // BYK
     ROLES: tl.constexpr = STRIPS * (V_COLUMNS + 2 * K_COLUMNS) + 1
-    i, i_h = tl.program_id(0), tl.program_id(1)
+    i, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_chunk, role = skip + i // ROLES, i % ROLES
     start, length = _span(i_chunk, T, chunks, starts, lengths, L, PACKED)
     at = i_chunk.to(tl.int64) * H + i_h
@@ -666,7 +674,7 @@ def _dots(
     o_t = tl.arange(0, L)
     total = tl.zeros([L], tl.float32)
     for part in tl.static_range(PARTS):
-        at = (tl.cast(R, tl.int64) * H) * part + i_h.to(tl.int64) * R + start + o_t
+        at = (tl.cast(R, tl.int64) * H) * part + i_h * R + start + o_t
         total += tl.load(dots + at, mask=o_t < length, other=0.0)
     return tl.sum(total, 0)
 
@@ -683,7 +691,7 @@ def mlstm_bwd_stabiliser_kernel(
     C and n hold their values times exp(-m): at both ends m also has the product of the state with its gradient, which
     is what the decay and the tokens of the chunk have of it.
     """
-    i_n, i_h = tl.program_id(0), tl.program_id(1)
+    i_n, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     first, end = _sequence(i_n, chunks, first_chunk, PACKED)
     carry = tl.full([], 0.0, tl.float32)
     if HAS_LAST:
@@ -715,7 +723,7 @@ def mlstm_bwd_stabiliser_kernel(
         tl.store(d_m_first + i_n * H + i_h, carry)
 
 
-@triton.jit(do_not_specialize=["T", "chunks", "R"])
+@triton.jit(do_not_specialize=["T", "chunks", "R", *GATE_STRIDES], do_not_specialize_on_alignment=GATES)
 def mlstm_bwd_gates_kernel(
     igate, fgate, log_f, log_f_low, peak, source, m_before, d_m, d_m_between, d_decay,
     col_sum, between, q_dots, k_dots, digate, dfgate,
@@ -724,11 +732,11 @@ def mlstm_bwd_gates_kernel(
     SIGMOID: tl.constexpr, CAPPED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of gates from sums of the gradients of all weights: each is the exponential of a sum of log gates."""
-    i_chunk, i_h = tl.program_id(0), tl.program_id(1)
+    i_chunk, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     start, length = _span(i_chunk, T, chunks, starts, lengths, L, PACKED)
     o_t = tl.arange(0, L)
     valid, past = o_t < length, (o_t < length) & (o_t > 0)
-    tokens = i_h.to(tl.int64) * R + start + o_t
+    tokens = i_h * R + start + o_t
     at = i_chunk.to(tl.int64) * H + i_h
     plane = tl.cast(R, tl.int64) * H
     # through the state to later chunks, and from earlier ones

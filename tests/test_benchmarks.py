@@ -66,7 +66,7 @@ def test_bytes_and_flops_are_those_counted_by_hand():
     assert OP["gated head norm"].flops(SMALL) == 0
 
 
-@pytest.mark.parametrize("op", ["mlstm forward", "mlstm step", "gated head norm"])
+@pytest.mark.parametrize("op", ["mlstm forward", "mlstm step", "mlstm gated step", "gated head norm"])
 def test_bytes_are_those_of_inputs_and_outputs(op, cpu):
     x = OP[op].inputs(SMALL)
     output = x["h" if op == "gated head norm" else "v"]
