@@ -73,14 +73,21 @@ def _tile(size: int, most: int) -> int:
 def _blocks(q: Tensor, V: int) -> _Blocks:
     if q.dtype == torch.float32:
         state, combine = (32, 32, 32, 4, 1), (32, 32, 32, 32, 4, 1)
-        return _Blocks(64, 32, state, state, state, (32, 4, 1), (32, 4, 1, None), combine, combine)
+        return _Blocks(
+            L=64, BS=32, state=state, d_state=state, few_states=state,
+            scores=(32, 4, 1), d_scores=(32, 4, 1, None), combine=combine, d_combine=combine,
+        )  # fmt: skip
     K = q.shape[-1]
     if _shared_memory(q.device) < 200_000 or q.dtype != torch.bfloat16 or K % 128 or V % 256:
         state, combine = (64, 64, 128, 4, 2), (128, 64, 128, 64, 8, 2)
-        return _Blocks(256, 64, state, state, state, (64, 4, 3), (64, 4, 3, None), combine, combine)
+        return _Blocks(
+            L=256, BS=64, state=state, d_state=state, few_states=state,
+            scores=(64, 4, 3), d_scores=(64, 4, 3, None), combine=combine, d_combine=combine,
+        )  # fmt: skip
     return _Blocks(
-        256, 64, (64, 128, 256, 8, 3), (128, 128, 256, 8, 2), (64, 64, 128, 4, 3), (64, 4, 4), (64, 4, 4, 168),
-        (128, 64, 128, 64, 8, 3), (128, 64, 256, 64, 8, 4), d_scores_bytes=(160 if K > 128 else 96) << 20,
+        L=256, BS=64, state=(64, 128, 256, 8, 3), d_state=(128, 128, 256, 8, 2), few_states=(64, 64, 128, 4, 3),
+        scores=(64, 4, 4), d_scores=(64, 4, 4, 168), combine=(128, 64, 128, 64, 8, 3),
+        d_combine=(128, 64, 256, 64, 8, 4), d_scores_bytes=(160 if K > 128 else 96) << 20,
     )  # fmt: skip
 
 
@@ -117,7 +124,7 @@ def _cut(B: int, T: int, cu_seqlens: Tensor | None, L: int) -> _Chunks:
     chunks = _blocks_of(T, L)
     if cu_seqlens is None:
         return _Chunks(T, _aligned(B * T), chunks, B * chunks, B)
-    bounds = cu_seqlens.to(torch.int64).clamp(0, T)  # a compiled caller has not checked them
+    bounds, _ = cu_seqlens.to(torch.int64).clamp(0, T).cummax(0)  # a compiled caller has not checked them
     N = bounds.numel() - 1
     total = T // L + N
     first = F.pad(((bounds.diff() + (L - 1)) // L).cumsum(0), (1, 0))

@@ -566,6 +566,7 @@ def _combine(
 
 @triton.jit
 def _of_rows(numbers, i_h, start, rows, length, R, other):
+    """Numbers of some rows of a chunk."""
     return tl.load(numbers + i_h * R + start + rows, mask=rows < length, other=other)
 
 
