@@ -156,7 +156,7 @@ def mlstm_step_gated(
     gate_soft_cap: float | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, MLSTMState]:
-    """`mlstm_step` and what follows it in xLSTM-7B, in one kernel: Triton only, and without gradients.
+    """`mlstm_step` and what follows it in xLSTM-7B, one kernel and a memset of its counters: Triton only, no gradients.
 
     Args:
         ogate: Pre-activation of the output gate `[B, H V]`, of the dtype of v.

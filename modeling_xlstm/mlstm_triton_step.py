@@ -8,10 +8,9 @@ ones that the other programs read. Sums are not in order of arrival: results are
 Log gates and exponentials are computed in float64, everything else in float32 and rounded once, at the end. The
 backward pass of `mlstm_step` recomputes the step by its definition; the other ops have none.
 
-Counters `[B, H]` are int32 zeros, and zeros again after the call. Calls that are given none share those of their CUDA
-stream, where one runs after the other. While a CUDA graph is captured each makes its own, at the price of a second
-launch in every replay: who captures gives some that live as long as the state, and to no two calls that may run at
-once.
+Counters `[B, H]` are int32 zeros, and zeros again after the call. Given none, a call makes its own, at the price of a
+second, tiny launch; that is safe anywhere, as a CUDA graph captures and replays it. Who calls often gives some that
+live as long as the state, and to no two calls that may run at once.
 
 Dims: `B` batch `H` heads `K` query and key dim `V` value dim. Letters are those of `mlstm_torch`.
 """
@@ -178,18 +177,8 @@ def _empty_state(C: Tensor, n: Tensor, m: Tensor) -> MLSTMState:
     return MLSTMState(*(x.new_empty(x.shape) for x in (C, n, m)))
 
 
-_counters: dict[tuple[torch.device, int], Tensor] = {}  # of streams
-
-
 def _counter(counter: Tensor | None, m: Tensor) -> Tensor:
-    if counter is not None:
-        return counter
-    if m.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(m.shape, dtype=torch.int32, device=m.device)
-    stream = m.device, torch.cuda.current_stream(m.device).cuda_stream
-    if stream not in _counters or _counters[stream].numel() < m.numel():
-        _counters[stream] = torch.zeros(m.numel(), dtype=torch.int32, device=m.device)
-    return _counters[stream]
+    return torch.zeros(m.shape, dtype=torch.int32, device=m.device) if counter is None else counter
 
 
 # ops
