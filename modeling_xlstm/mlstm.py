@@ -122,12 +122,7 @@ def mlstm_step(
     Raises:
         As `mlstm_chunkwise`.
     """
-    check_float("q", q, "B H K")
-    _check_inputs(q, k, v, igate, fgate, q.shape[:2], input_gate, gate_soft_cap, eps)
-    backend = resolve(backend, q)
-    state = _check_state(state, q, v, q.shape[0])
-    if mask is not None:
-        check_like("mask", mask, q.shape[:1], q.device, (torch.bool,))
+    backend, state = _check_step(q, k, v, igate, fgate, state, mask, input_gate, gate_soft_cap, eps, backend)
     with full_precision(q.device):
         if backend == "triton":
             h, *last = mlstm_step_triton(q, k, v, igate, fgate, *state, mask, input_gate, gate_soft_cap, eps)
@@ -170,22 +165,30 @@ def mlstm_step_gated(
     Raises:
         As `mlstm_step`; NotImplementedError where Triton cannot run.
     """
-    check_float("q", q, "B H K")
-    _check_inputs(q, k, v, igate, fgate, q.shape[:2], input_gate, gate_soft_cap, eps)
+    _, state = _check_step(q, k, v, igate, fgate, state, mask, input_gate, gate_soft_cap, eps, "triton")
     channels = v.shape[1] * v.shape[2]
     check_like("ogate", ogate, (q.shape[0], channels), q.device, (v.dtype,))
     check_like("weight", weight, (channels,), q.device)
     if bias is not None:
         check_like("bias", bias, (channels,), q.device)
-    resolve("triton", q)
-    state = _check_state(state, q, v, q.shape[0])
-    if mask is not None:
-        check_like("mask", mask, q.shape[:1], q.device, (torch.bool,))
     with full_precision(q.device):
         y, *last = mlstm_step_gated_triton(
             q, k, v, igate, fgate, ogate, *state, weight, bias, mask, input_gate, gate_soft_cap, eps, norm_eps, offset
         )
     return y, MLSTMState(*last)
+
+
+def _check_step(
+    q, k, v, igate, fgate, state, mask, input_gate: str, gate_soft_cap: float | None, eps: float, backend: str
+) -> tuple[str, MLSTMState]:
+    """The backend that serves a step, and its state."""
+    check_float("q", q, "B H K")
+    _check_inputs(q, k, v, igate, fgate, q.shape[:2], input_gate, gate_soft_cap, eps)
+    backend = resolve(backend, q)
+    state = _check_state(state, q, v, q.shape[0])
+    if mask is not None:
+        check_like("mask", mask, q.shape[:1], q.device, (torch.bool,))
+    return backend, state
 
 
 def _check_inputs(

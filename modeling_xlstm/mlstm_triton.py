@@ -115,24 +115,34 @@ class _Chunks(NamedTuple):
     first: Tensor | None = None  # [N + 1] int32
 
     @property
+    def packed(self) -> bool:
+        return self.starts is not None
+
+    @property
     def tables(self) -> tuple:
         """What every kernel of a chunk is told."""
         return self.starts, self.lengths, self.T, self.chunks, self.R
 
 
-def _cut(B: int, T: int, cu_seqlens: Tensor | None, L: int) -> _Chunks:
-    chunks = _blocks_of(T, L)
+def _counts(B: int, T: int, cu_seqlens: Tensor | None, L: int) -> tuple[int, int]:
+    """How many sequences there are, and chunks of all of them."""
     if cu_seqlens is None:
-        return _Chunks(T, _aligned(B * T), chunks, B * chunks, B)
+        return B, B * _blocks_of(T, L)
+    sequences = cu_seqlens.shape[0] - 1
+    return sequences, T // L + sequences
+
+
+def _cut(B: int, T: int, cu_seqlens: Tensor | None, L: int) -> _Chunks:
+    sequences, total = _counts(B, T, cu_seqlens, L)
+    if cu_seqlens is None:
+        return _Chunks(T, _aligned(B * T), _blocks_of(T, L), total, sequences)
     bounds, _ = cu_seqlens.to(torch.int64).clamp(0, T).cummax(0)  # a compiled caller has not checked them
-    N = bounds.numel() - 1
-    total = T // L + N
     first = F.pad(((bounds.diff() + (L - 1)) // L).cumsum(0), (1, 0))
     chunk = torch.arange(total, device=bounds.device)
-    sequence = torch.searchsorted(first[1:], chunk, right=True).clamp(max=N - 1)
+    sequence = torch.searchsorted(first[1:], chunk, right=True).clamp(max=sequences - 1)
     starts = bounds[sequence] + (chunk - first[sequence]) * L
     lengths = (bounds[sequence + 1] - starts).clamp(0, L)
-    return _Chunks(T, _aligned(T), 0, total, N, starts, lengths.to(torch.int32), first.to(torch.int32))
+    return _Chunks(T, _aligned(T), 0, total, sequences, starts, lengths.to(torch.int32), first.to(torch.int32))
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -183,7 +193,7 @@ def _run_state(x, y, weight, scale, decay, factor, first, between, ends, cut, bl
     that no batch size is the first to need one.
     """
     (_, H, K), V = x.shape, y.shape[-1]
-    packed, reverse = cut.starts is not None, factor is not None
+    packed, reverse = cut.packed, factor is not None
     has_first, has_end = first[0] is not None, ends[0] is not None
     many, few = blocks.d_state if reverse else blocks.state, blocks.few_states
     busy = cut.sequences * H * _blocks_of(K, many[1]) * _blocks_of(V, many[2]) > _processors(x.device) / 2
@@ -228,7 +238,7 @@ def _forward(q, k, v, igate, fgate, C, n, m, cu_seqlens, sigmoid, gate_soft_cap,
     blocks = _blocks(q, V)
     L, BS = blocks.L, blocks.BS
     cut = _cut(B, T, cu_seqlens, L)
-    N, packed = cut.total, cu_seqlens is not None
+    N, packed = cut.total, cut.packed
     qs, ks, vs, igates, fgates = (_rows(x) for x in (q, k, v, igate, fgate))
     new = q.new_empty
     tokens, chunks = new(9, H, cut.R, dtype=torch.float32), new(5, _aligned(N), H, dtype=torch.float64)
@@ -276,9 +286,7 @@ def _new_state(q: Tensor, v: Tensor, sequences: int) -> tuple[Tensor, Tensor, Te
 @mlstm_chunkwise.register_fake
 def _(q, k, v, igate, fgate, C, n, m, cu_seqlens, input_gate, gate_soft_cap, eps):
     B, T, H, K = q.shape
-    L = _blocks(q, v.shape[-1]).L
-    sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    N = B * ((T + L - 1) // L) if cu_seqlens is None else T // L + sequences
+    sequences, N = _counts(B, T, cu_seqlens, _blocks(q, v.shape[-1]).L)
     new = q.new_empty
     return (
         v.new_empty(v.shape),
@@ -315,7 +323,7 @@ def _backward_pass(
     blocks = _blocks(q, V)
     L, BS = blocks.L, blocks.BS
     cut = _cut(B, T, cu_seqlens, L)
-    N, packed = cut.total, cu_seqlens is not None
+    N, packed = cut.total, cut.packed
     qs, ks, vs, igates, fgates, hs, dhs = (_rows(x) for x in (q, k, v, igate, fgate, h, dh))
     new = q.new_empty
     log_f, log_f_low, log_i, peak, weight, m_rows, normaliser, denominator, state_weight = tokens

@@ -14,7 +14,8 @@ from torch import Tensor
 Inputs = dict[str, Tensor]
 Op = Callable[..., tuple[Tensor, Any]]
 
-TOKENS = ("q", "k", "v", "igate", "fgate", "gates")  # inputs with a time axis
+MLSTM_TOKENS = ("q", "k", "v", "igate", "fgate")
+TOKENS = (*MLSTM_TOKENS, "gates")  # inputs with a time axis
 WEIGHTS = ("R",)  # inputs that all rows share; all others are states, one row a sequence
 LENGTHS = (1, 63, 64, 65, 200)  # of sequences: around the default chunk size, and beyond
 PACKED = (7, 0, 1, 65, 16)  # lengths of packed or padded sequences

@@ -10,6 +10,7 @@ from cases import (
     BAD_SEQUENCES,
     BAD_STEP_MASKS,
     LENGTHS,
+    MLSTM_TOKENS,
     PACKED,
     REGIMES,
     fresh,
@@ -31,12 +32,11 @@ from modeling_xlstm.mlstm import MLSTMState, mlstm_chunkwise, mlstm_step
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-INPUTS = ("q", "k", "v", "igate", "fgate")
 INPUT_GATES = ("exp", "sigmoid")
 
 
 def unpack(x):
-    return [x[name] for name in INPUTS], MLSTMState(x["C"], x["n"], x["m"])
+    return [x[name] for name in MLSTM_TOKENS], MLSTMState(x["C"], x["n"], x["m"])
 
 
 def chunkwise(x, **options):
@@ -69,7 +69,7 @@ def parallel(x, exact_normaliser=True):
 
 def from_h(op, x):
     """h of `op`, which returns it alone, and the gradients of all inputs but the state from a loss on h."""
-    tokens, state = {name: x[name] for name in INPUTS}, unpack(x)[1]
+    tokens, state = {name: x[name] for name in MLSTM_TOKENS}, unpack(x)[1]
     results = outputs_and_grads(lambda tokens: (op(x | tokens), state), tokens)
     return {name: t for name, t in results.items() if not name.startswith("final")}
 
@@ -206,7 +206,7 @@ def test_padded_positions_get_no_gradient_and_read_the_held_state(side):
     x = mlstm_inputs(*mask.shape)
     assert_exact(chunkwise(x, mask=mask)[0], recurrent(x, mask=mask)[0])
     grads = outputs_and_grads(lambda x: (lambda h, state: (h[mask], state))(*chunkwise(x, mask=mask)), x)
-    for name in INPUTS:
+    for name in MLSTM_TOKENS:
         assert (grads[f"gradient of {name}"][~mask] == 0).all(), name
         assert (grads[f"gradient of {name}"][mask] != 0).any(), name
 
@@ -241,14 +241,14 @@ def test_a_closed_forget_gate_forgets_everything_before_it_exactly(at, input_gat
     x, other = (mlstm_inputs(2, 31, seed=seed) for seed in (0, 1))
     for t in (x, other):
         t["fgate"][:, at] = -torch.inf
-    other = {name: torch.cat((100 * other[name][:, :at], x[name][:, at:]), 1) for name in INPUTS} | {
+    other = {name: torch.cat((100 * other[name][:, :at], x[name][:, at:]), 1) for name in MLSTM_TOKENS} | {
         name: 100 * other[name] for name in MLSTMState._fields
     }
     (h, state), (h_other, state_other) = op(x), op(other)
     assert torch.equal(h[:, at:], h_other[:, at:])
     assert all(map(torch.equal, state, state_other))
     grads = outputs_and_grads(lambda x: (lambda h, state: (h[:, at:], state))(*op(x)), x)
-    assert all((grads[f"gradient of {name}"][:, :at] == 0).all() for name in INPUTS)
+    assert all((grads[f"gradient of {name}"][:, :at] == 0).all() for name in MLSTM_TOKENS)
     assert all((grads[f"gradient of {name}"] == 0).all() for name in MLSTMState._fields)
 
 
@@ -289,7 +289,7 @@ def test_extreme_gates_stay_finite_in_every_dtype(dtype, regime):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_h_has_the_dtype_of_v_and_the_state_is_at_least_float32(dtype):
     x = rounded(mlstm_inputs(2, 5), dtype)
-    for op, y in ((chunkwise, x), (step, {name: t[:, 0] if name in INPUTS else t for name, t in x.items()})):
+    for op, y in ((chunkwise, x), (step, {name: t[:, 0] if name in MLSTM_TOKENS else t for name, t in x.items()})):
         for gates in (dtype, torch.float32):
             h, state = op(y | {name: y[name].to(gates) for name in ("igate", "fgate")})
             assert h.dtype == dtype
@@ -320,7 +320,7 @@ def test_nothing_is_modified_in_place(B, T, H):
     x = mlstm_inputs(B, T, H)
     leaves = {name: t.clone().requires_grad_() for name, t in x.items()}
     h, state = chunkwise(leaves, chunk_size=16)
-    last = step({name: t[:, 0] if name in INPUTS else t for name, t in leaves.items()})
+    last = step({name: t[:, 0] if name in MLSTM_TOKENS else t for name, t in leaves.items()})
     outputs = (h, *state, last[0], *last[1])
     incoming = [torch.randn_like(t) for t in outputs]
     copies = [t.clone() for t in incoming]
@@ -406,7 +406,7 @@ def test_bad_input_is_refused_in_a_sentence(change, error, message, op):
     inputs, state = unpack(x)
     if op is mlstm_step:
         inputs = [t[:, 0] for t in inputs]
-    good = dict(zip(INPUTS, inputs, strict=True)) | {"state": state}
+    good = dict(zip(MLSTM_TOKENS, inputs, strict=True)) | {"state": state}
     op(**good)
     with pytest.raises(error, match=message):
         op(**good | change(good))

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import (
+    MLSTM_TOKENS,
     PACKED,
     REGIMES,
     fresh,
@@ -32,7 +33,6 @@ pytestmark = [pytest.mark.usefixtures("poisoned_memory"), needs_somewhere_to_run
 if RUN:
     from modeling_xlstm import mlstm_triton
 
-INPUTS = ("q", "k", "v", "igate", "fgate")
 INPUT_GATES = ("exp", "sigmoid")
 BATCH, HEADS = (8, 3) if GPU else (3, 3)  # the more rows, the better errors are measured
 # The interpreter has no products in bfloat16.
@@ -42,7 +42,7 @@ HALVES = (torch.float16, torch.bfloat16) if GPU else (torch.float16,)
 
 def chunkwise(x, backend, **options):
     return mlstm_chunkwise(
-        *(x[name] for name in INPUTS), MLSTMState(x["C"], x["n"], x["m"]), backend=backend, **options
+        *(x[name] for name in MLSTM_TOKENS), MLSTMState(x["C"], x["n"], x["m"]), backend=backend, **options
     )
 
 
@@ -64,7 +64,7 @@ def plain(x, input_gate="exp", gate_soft_cap=None, eps=1e-6, cu_seqlens=None):
     for row, (start, end) in enumerate(pairwise(bounds)):
         C, n, m = (x[name] if cu_seqlens is None else x[name][row : row + 1] for name in ("C", "n", "m"))
         if start < end:
-            tokens = [x[name][:, start:end].transpose(1, 2) for name in INPUTS]
+            tokens = [x[name][:, start:end].transpose(1, 2) for name in MLSTM_TOKENS]
             h, C, n, m = _parallel(*tokens, C, n, m, input_gate, gate_soft_cap, eps)
             outputs.append(h.transpose(1, 2))
         states.append((C, n, m))
@@ -229,10 +229,10 @@ def test_a_sequence_in_two_parts_is_right(split):
 @pytest.mark.parametrize("input_gate", INPUT_GATES)
 def test_no_state_is_a_state_of_zeros(input_gate):
     x = rounded(fresh(inputs(2, 20, 2, aligned=True)), torch.float32)
-    tokens = {name: x[name] for name in INPUTS}
+    tokens = {name: x[name] for name in MLSTM_TOKENS}
 
     def without(t):
-        return mlstm_chunkwise(*(t[name] for name in INPUTS), input_gate=input_gate, backend="triton")
+        return mlstm_chunkwise(*(t[name] for name in MLSTM_TOKENS), input_gate=input_gate, backend="triton")
 
     def zeros(t):
         return on_triton(x | t, input_gate=input_gate)
@@ -249,7 +249,7 @@ def test_two_runs_are_bit_equal():
         assert torch.equal(result, second[name]), name
 
 
-RANGE = ("h", "final C", "final n", *(f"gradient of {name}" for name in INPUTS))
+RANGE = ("h", "final C", "final n", *(f"gradient of {name}" for name in MLSTM_TOKENS))
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -316,7 +316,7 @@ def test_unneeded_gradients_are_left_out():
 def test_the_op_keeps_the_promises_of_a_custom_op(bounds, has_state):
     x = rounded(inputs(1, 19, 2, 4, 3, rows=None if bounds is None else len(bounds) - 1), torch.float32)
     cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
-    tensors = [t.requires_grad_() if has_state or name in INPUTS else None for name, t in x.items()]
+    tensors = [t.requires_grad_() if has_state or name in MLSTM_TOKENS else None for name, t in x.items()]
     # What the backward pass reads again has no gradient, which the autograd check asks for, and unwritten places.
     torch.library.opcheck(
         torch.ops.modeling_xlstm.mlstm_chunkwise_triton,
@@ -344,7 +344,7 @@ def test_it_is_one_op_in_an_exported_program():
             return mlstm_chunkwise(q, k, v, igate, fgate, backend="triton")[0]
 
     def tokens(B, T):
-        return tuple(rounded(inputs(B, T, 2), torch.float32)[name] for name in INPUTS)
+        return tuple(rounded(inputs(B, T, 2), torch.float32)[name] for name in MLSTM_TOKENS)
 
     B, T = torch.export.Dim("B", max=64), torch.export.Dim("T", max=4096)
     program = torch.export.export(Module(), tokens(2, 19), dynamic_shapes=[{0: B, 1: T}] * 5)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import REGIMES, fresh, mlstm_inputs, outputs_and_grads, rounded, strided
+from cases import MLSTM_TOKENS, REGIMES, fresh, mlstm_inputs, outputs_and_grads, rounded, strided
 from numerics import assert_each, assert_matches
 from triton_device import DEVICE, GPU, RUN, needs_somewhere_to_run
 
@@ -19,7 +19,6 @@ pytestmark = [pytest.mark.usefixtures("poisoned_memory"), needs_somewhere_to_run
 if RUN:
     from modeling_xlstm import mlstm_triton_step as triton_step
 
-INPUTS = ("q", "k", "v", "igate", "fgate")
 STATE = MLSTMState._fields
 EPILOGUE = ("ogate", "weight", "bias")
 INPUT_GATES = ("exp", "sigmoid")
@@ -32,7 +31,7 @@ LAYOUTS = ("sparse", "reversed", "slices of one projection")
 
 def inputs(B=2, H=3, K=24, V=17, *, dtype=torch.float32, gates=None, **options):
     """Those of a step, rounded to `dtype`; the gates to `gates` where it is given."""
-    x = {name: t[:, 0] if name in INPUTS else t for name, t in mlstm_inputs(B, 1, H, K, V, **options).items()}
+    x = {name: t[:, 0] if name in MLSTM_TOKENS else t for name, t in mlstm_inputs(B, 1, H, K, V, **options).items()}
     x = rounded(x, dtype)
     return x if gates is None else x | {name: x[name].to(gates) for name in ("igate", "fgate")}
 
@@ -55,19 +54,19 @@ def results(h, C, n, m):
 def step(x, *, mask=None, input_gate="exp", gate_soft_cap=None, eps=1e-6):
     """The op, for inputs and results on the CPU."""
     mask = None if mask is None else mask.to(DEVICE)
-    return results(*triton_step.mlstm_step(*on_device(x, INPUTS + STATE), mask, input_gate, gate_soft_cap, eps))
+    return results(*triton_step.mlstm_step(*on_device(x, MLSTM_TOKENS + STATE), mask, input_gate, gate_soft_cap, eps))
 
 
 def step_in_place(x, *, mask=None, input_gate="exp", gate_soft_cap=None, eps=1e-6, counter=None):
     mask = None if mask is None else mask.to(DEVICE)
-    tokens, state = on_device(x, INPUTS), [t.clone() for t in on_device(x, STATE)]
+    tokens, state = on_device(x, MLSTM_TOKENS), [t.clone() for t in on_device(x, STATE)]
     h = triton_step.mlstm_step_(*tokens, *state, mask, input_gate, gate_soft_cap, eps, counter)
     return results(h, *state)
 
 
 def gated(x, *, mask=None, input_gate="exp", gate_soft_cap=None, eps=1e-6, norm_eps=1e-5, offset=0.0, counter=None):
     mask = None if mask is None else mask.to(DEVICE)
-    tensors = on_device(x, (*INPUTS, "ogate", *STATE, "weight", "bias"))
+    tensors = on_device(x, (*MLSTM_TOKENS, "ogate", *STATE, "weight", "bias"))
     options = (mask, input_gate, gate_soft_cap, eps, norm_eps, offset, counter)
     return results(*triton_step.mlstm_step_gated(*tensors, *options))
 
@@ -76,14 +75,14 @@ def gated_in_place(
     x, *, mask=None, input_gate="exp", gate_soft_cap=None, eps=1e-6, norm_eps=1e-5, offset=0.0, counter=None
 ):
     mask = None if mask is None else mask.to(DEVICE)
-    tokens, state = on_device(x, (*INPUTS, "ogate")), [t.clone() for t in on_device(x, STATE)]
+    tokens, state = on_device(x, (*MLSTM_TOKENS, "ogate")), [t.clone() for t in on_device(x, STATE)]
     options = (mask, input_gate, gate_soft_cap, eps, norm_eps, offset, counter)
     y = triton_step.mlstm_step_gated_(*tokens, *state, *on_device(x, ("weight", "bias")), *options)
     return results(y, *state)
 
 
 def definition(x, *, mask=None, input_gate="exp", gate_soft_cap=None, eps=1e-6):
-    q, k, v, igate, fgate = (x[name] for name in INPUTS)
+    q, k, v, igate, fgate = (x[name] for name in MLSTM_TOKENS)
     igate, fgate = soft_cap(igate, gate_soft_cap), soft_cap(fgate, gate_soft_cap)
     held = mlstm_torch.hold_padding(q, k, v, igate, fgate, mask)
     h, state = mlstm_torch.mlstm_step(*held, MLSTMState(*(x[name] for name in STATE)), input_gate, eps)
@@ -177,9 +176,9 @@ def test_a_gate_that_is_not_a_number_shows():
 def test_layouts_do_not_matter(layout):
     x = inputs(2, 3, 16, 24)
     if layout == "slices of one projection":
-        row = torch.cat([x[name].flatten(1) for name in INPUTS], 1)
-        parts = row.split([x[name].flatten(1).shape[1] for name in INPUTS], 1)
-        views = x | {name: part.view(x[name].shape) for name, part in zip(INPUTS, parts, strict=True)}
+        row = torch.cat([x[name].flatten(1) for name in MLSTM_TOKENS], 1)
+        parts = row.split([x[name].flatten(1).shape[1] for name in MLSTM_TOKENS], 1)
+        views = x | {name: part.view(x[name].shape) for name, part in zip(MLSTM_TOKENS, parts, strict=True)}
         actual = step(views)
     else:
         actual = strided(step, layout)(x)
@@ -202,7 +201,7 @@ def test_addresses_beyond_two_to_the_31_are_fine():
 @pytest.mark.parametrize("input_gate", INPUT_GATES)
 def test_padded_rows_hold_their_state_whatever_is_there(input_gate, op):
     x, mask = with_epilogue(inputs(12, 2, aligned=True)), torch.arange(12) % 3 > 0
-    junk = {name: x[name].clone() for name in INPUTS}
+    junk = {name: x[name].clone() for name in MLSTM_TOKENS}
     for t in junk.values():
         t[0::6], t[3::6] = math.nan, math.inf
     run, reference = (step, definition) if op == "step" else (gated, gated_definition)
@@ -284,7 +283,7 @@ def test_a_state_with_gaps_is_read_but_not_updated_in_place(name):
     x = {key: t.to(DEVICE) for key, t in inputs().items()}
     gaps = x | {name: torch.stack((x[name], x[name]), -1)[..., 0]}
     assert_same(step(gaps), step(x))
-    tensors = on_device(gaps, INPUTS + STATE)
+    tensors = on_device(gaps, MLSTM_TOKENS + STATE)
     with pytest.raises(ValueError, match=f"state.{name} must be contiguous to be updated in place, got strides"):
         triton_step.mlstm_step_(*tensors, None, "exp", None, 1e-6)
 
@@ -302,7 +301,7 @@ def test_results_do_not_depend_on_the_order_of_programs():
 @pytest.mark.parametrize("own_counter", [False, True])
 def test_a_captured_step_goes_on_with_the_state_at_each_replay(own_counter):
     x = with_epilogue(inputs(2, 4, 64, 128, dtype=torch.bfloat16))
-    tokens, weights = on_device(x, (*INPUTS, "ogate")), on_device(x, ("weight", "bias"))
+    tokens, weights = on_device(x, (*MLSTM_TOKENS, "ogate")), on_device(x, ("weight", "bias"))
     counter = torch.zeros(2, 4, dtype=torch.int32, device=DEVICE) if own_counter else None
     options = (None, "exp", None, 1e-6, 1e-5, 0.0, counter)
 
@@ -373,7 +372,7 @@ def test_a_second_derivative_is_refused():
 @pytest.mark.parametrize("input_gate", INPUT_GATES)
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_step_keeps_the_promises_of_a_custom_op(input_gate, masked):
-    tensors = [t.requires_grad_() for t in on_device(inputs(2, 1, 4, 3), INPUTS + STATE)]
+    tensors = [t.requires_grad_() for t in on_device(inputs(2, 1, 4, 3), MLSTM_TOKENS + STATE)]
     mask = torch.tensor([True, False], device=DEVICE) if masked else None
     op = torch.ops.modeling_xlstm.mlstm_step_triton
     torch.library.opcheck(op, (*tensors, mask, input_gate, 15.0, 1e-6))
@@ -385,17 +384,17 @@ def test_the_other_ops_keep_the_promises_of_custom_ops(name, own_counter):
     x = with_epilogue(inputs(2, 1, 4, 3))
     counter = torch.zeros(2, 1, dtype=torch.int32, device=DEVICE) if own_counter else None
     if "gated" in name:
-        tensors = on_device(x, (*INPUTS, "ogate", *STATE, "weight", "bias"))
+        tensors = on_device(x, (*MLSTM_TOKENS, "ogate", *STATE, "weight", "bias"))
         arguments = (*tensors, None, "exp", None, 1e-6, 1e-5, 0.0, counter)
     else:
-        arguments = (*on_device(x, INPUTS + STATE), None, "exp", None, 1e-6, counter)
+        arguments = (*on_device(x, MLSTM_TOKENS + STATE), None, "exp", None, 1e-6, counter)
     torch.library.opcheck(getattr(torch.ops.modeling_xlstm, name), arguments)
 
 
 def test_a_compiled_step_in_place_is_the_eager_one():
     torch._dynamo.reset()
     x = with_epilogue(inputs())
-    tokens, weights = on_device(x, (*INPUTS, "ogate")), on_device(x, ("weight", "bias"))
+    tokens, weights = on_device(x, (*MLSTM_TOKENS, "ogate")), on_device(x, ("weight", "bias"))
     options = (None, "exp", 15.0, 1e-6, 1e-5, 0.0)
 
     def run(state):
