@@ -12,12 +12,7 @@ Dims: `B` batch `T` time `H` heads `V` value head dim `R` rows (tokens of all se
 import torch
 from torch import Tensor
 
-
-try:  # in a `try`, so that Transformers does not ask for it when it downloads this file to a machine without a GPU
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError("the kernels need the package triton, version 3.6 or later.") from error
+from .triton_language import tl, triton
 
 
 # How work is cut, chosen by registers and bytes in flight on an H100: elements of a block, and of a warp.

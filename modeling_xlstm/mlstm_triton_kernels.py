@@ -9,13 +9,7 @@ tokens and heads, `at` a chunk and head, `tokens` where the numbers of a chunk's
 """
 
 from .mlstm_torch import MAX_LOG_FLOOR
-
-
-try:  # in a `try`, so that Transformers does not ask for it when it downloads this file to a machine without a GPU
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError("the kernels need the package triton, version 3.6 or later.") from error
+from .triton_language import tl, triton
 
 
 # exp of it is zero, and sums of it over a chunk are finite: the log of a forget gate that is shut
@@ -252,7 +246,7 @@ def mlstm_state_kernel(
     REVERSE: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """A block of C, and of n, from chunk to chunk: `C <- decay C + (w x)^T y` and `n <- decay n + (w x)^T factor`,
-    where factor is 1 but in reverse."""
+    where factor is 1 but in reverse. A C that must be zero is not stored, see `_stored`."""
     KB: tl.constexpr = (K + BK - 1) // BK
     VB: tl.constexpr = (V + BV - 1) // BV
     TILES: tl.constexpr = L // BT
@@ -275,7 +269,8 @@ def mlstm_state_kernel(
         start, length = _span(i_chunk, T, chunks, starts, lengths, L, PACKED)
         at = i_chunk.to(tl.int64) * H + i_h
         if i_tile % TILES == 0:
-            tl.store(C_between + at * K * V + o_kv, C.to(C_between.dtype.element_ty), mask=in_kv)
+            if HAS_FIRST or PACKED or i_tile > 0:
+                tl.store(C_between + at * K * V + o_kv, C.to(C_between.dtype.element_ty), mask=in_kv)
             if i_v == 0:
                 tl.store(n_between + at * K + o_k, tl.sum(n, 1).to(tl.float32), mask=in_k)
             chunk_decay = tl.load(decay + at).to(tl.float32)
@@ -313,6 +308,15 @@ def mlstm_state_kernel(
         tl.store(C_end + at_end * V + o_kv, C, mask=in_kv)
         if i_v == 0:
             tl.store(n_end + at_end + o_k, tl.sum(n, 1).to(tl.float32), mask=in_k)
+
+
+@triton.jit
+def _stored(size, i_chunk, edge, chunks, GIVEN: tl.constexpr, PACKED: tl.constexpr):
+    """`size`, how much of a state is in memory, or 0 where it is zero: in chunk `edge` of a sequence, its first or in
+    reverse its last, if no state was given."""
+    if not (GIVEN or PACKED):
+        size = tl.where(i_chunk % chunks == edge, 0, size)
+    return size
 
 
 # scores of a chunk, and sums over its rows
@@ -364,7 +368,7 @@ def mlstm_fwd_scores_kernel(
         m = tl.maximum(through.to(tl.float32), tl.load(peak + tokens + rows, mask=valid, other=float("inf")))
     g = _exp(through - m) * softmax_scale
     norm = tl.zeros([BS], tl.float32)
-    for i_k in range(0, K, BK):
+    for i_k in tl.static_range(0, K, BK):
         in_k = i_k + o_k < K
         qs = tl.load(q + rows[:, None] * sq_t + i_k + o_k[None, :], mask=valid[:, None] & in_k[None, :], other=0.0)
         n = tl.load(n_before + at * K + i_k + o_k, mask=in_k, other=0.0)
@@ -381,8 +385,8 @@ def mlstm_fwd_scores_kernel(
             _weights(b, b_low, m, rows, b_cols, b_low_cols, logi, cols, k.dtype.element_ty == tl.float32)
             * softmax_scale
         )
-        # The normaliser sums what is stored: where one token makes a row, h is exactly its v.
-        S = S.to(scores.dtype.element_ty)
+        # The normaliser sums what a product will read: where one token makes a row, h is exactly its v.
+        S = S.to(scores.dtype.element_ty) if scores.dtype.element_ty == q.dtype.element_ty else _tf32(S)
         norm += tl.sum(S.to(tl.float32), 1)
         inside, _ = _scores(rows, cols, BS)
         tl.store(scores + inside, S)
@@ -507,7 +511,7 @@ def _combine(
     BY: tl.constexpr, BJ: tl.constexpr, Z_TRANSPOSED: tl.constexpr, S_TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """`out = scale (x Z) + scores y` for a block of rows and columns; x `[R, X]`, Z `[X, Y]` of each chunk, y `[R, Y]`.
-    `width` is X, or 0 where Z is zero.
+    `width` is X, or 0 where Z is zero and not in memory.
 
     With dots, a product of a vector of rows and one of columns is added to the part through the state, and the product
     of each row of that part with a row of `factor` is returned.
@@ -522,13 +526,13 @@ def _combine(
         Z += at * X * Y
         # through the state
         acc = tl.zeros([BM, BY], tl.float32)
-        for i_x in range(0, width, BX):
-            in_x = i_x + o_x < X
+        for i_x in range(0, X, BX):
+            in_x, in_z = i_x + o_x < X, i_x + o_x < width
             xs = tl.load(x + rows[:, None] * sx_t + i_x + o_x[None, :], mask=valid[:, None] & in_x[None, :], other=0.0)
             if Z_TRANSPOSED:
-                Zs = tl.load(Z + o_y[None, :] * X + i_x + o_x[:, None], mask=in_x[:, None] & in_y[None, :], other=0.0)
+                Zs = tl.load(Z + o_y[None, :] * X + i_x + o_x[:, None], mask=in_z[:, None] & in_y[None, :], other=0.0)
             else:
-                Zs = tl.load(Z + (i_x + o_x)[:, None] * Y + o_y[None, :], mask=in_x[:, None] & in_y[None, :], other=0.0)
+                Zs = tl.load(Z + (i_x + o_x)[:, None] * Y + o_y[None, :], mask=in_z[:, None] & in_y[None, :], other=0.0)
             acc = _dot(xs, Zs, acc)
         acc *= scale[:, None]
         if dots is not None:
@@ -589,21 +593,21 @@ def mlstm_fwd_combine_kernel(
     scores = _chunk_scores(scores, i_chunk - skip, i_h, H, L, BS)
     _combine(
         i_row, i_v, i_h, start, length, i_chunk.to(tl.int64) * H + i_h,
-        K if HAS_FIRST or PACKED else tl.where(i_chunk % chunks == 0, 0, K),
+        _stored(K, i_chunk, 0, chunks, HAS_FIRST, PACKED),
         q, C, v, scores, h, scale, None, None, None, None, den, R, H, sq_t, sq_h, sv_t, sv_h, sh_t, sh_h, None, None,
         K, V, L, BS, BM, BX, BY, BJ, False, False,
     )  # fmt: skip
 
 
 @triton.jit
-def _state_product(C, n, dC, dn, at, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr):
-    """The inner product of a state and a gradient of it."""
+def _state_product(C, n, dC, dn, at, size, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr):
+    """The inner product of a state and a gradient of it; `size` is K V, or 0 where C or dC is not in memory."""
     o_k, o = tl.arange(0, BK), tl.arange(0, BLOCK)
     product = tl.load(n + at * K + o_k, mask=o_k < K, other=0.0) * tl.load(dn + at * K + o_k, mask=o_k < K, other=0.0)
     products = tl.zeros([BLOCK], tl.float32)
     for i in range(0, K * V, BLOCK):
-        xs = tl.load(C + at * K * V + i + o, mask=i + o < K * V, other=0.0).to(tl.float32)
-        products += xs * tl.load(dC + at * K * V + i + o, mask=i + o < K * V, other=0.0).to(tl.float32)
+        xs = tl.load(C + at * K * V + i + o, mask=i + o < size, other=0.0).to(tl.float32)
+        products += xs * tl.load(dC + at * K * V + i + o, mask=i + o < size, other=0.0).to(tl.float32)
     return tl.sum(product, 0) + tl.sum(products, 0)
 
 
@@ -614,7 +618,7 @@ def mlstm_bwd_combine_kernel(
     starts, lengths, T, chunks, R, skip, sq_t, sq_h, sk_t, sk_h, sv_t, sv_h, sd_t, sd_h, H,
     K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BXK: tl.constexpr,
     BXV: tl.constexpr, BYK: tl.constexpr, BYV: tl.constexpr, BJ: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr,
-    PACKED: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """dq, dk or dv of a block of rows and columns, or the gradient of the log of a chunk's decay. Programs for one
     chunk follow each other: what one has read from memory the others find in the L2 cache.
@@ -634,7 +638,7 @@ def mlstm_bwd_combine_kernel(
         rows = i_row + tl.arange(0, BM)
         w = _of_rows(weight, i_h, start, rows, length, R, 0.0) * tl.load(scale + at).to(tl.float32)
         _combine(
-            i_row, role % V_COLUMNS, i_h, start, length, at, K,
+            i_row, role % V_COLUMNS, i_h, start, length, at, _stored(K, i_chunk, chunks - 1, chunks, HAS_LAST, PACKED),
             k, dC, dh, _chunk_scores(scores, i_chunk - skip, i_h, H, L, BS), dv, w, None, None, None, None, None,
             R, H, sk_t, sk_h, sd_t, sd_h, H * V, V, None, None, K, V, L, BS, BM, BXK, BYV, BJ, False, True,
         )  # fmt: skip
@@ -645,7 +649,7 @@ def mlstm_bwd_combine_kernel(
         w = _of_rows(dC_weight, i_h, start, rows, length, R, 0.0)
         rank_rows = _of_rows(dn_weight, i_h, start, rows, length, R, 0.0)
         _combine(
-            i_row, part % K_COLUMNS, i_h, start, length, at, V,
+            i_row, part % K_COLUMNS, i_h, start, length, at, _stored(V, i_chunk, 0, chunks, HAS_FIRST, PACKED),
             dh, C, k, _chunk_scores(d_scores, i_chunk - skip, i_h, H, L, BS), dq, w, rank_rows, n, q, q_dots, None,
             R, H, sd_t, sd_h, sk_t, sk_h, H * K, K, sq_t, sq_h, V, K, L, BS, BM, BXV, BYK, BJ, True, False,
         )  # fmt: skip
@@ -655,12 +659,15 @@ def mlstm_bwd_combine_kernel(
         rows = i_row + tl.arange(0, BM)
         w = _of_rows(weight, i_h, start, rows, length, R, 0.0) * tl.load(scale + at).to(tl.float32)
         _combine(
-            i_row, part % K_COLUMNS, i_h, start, length, at, V,
+            i_row, part % K_COLUMNS, i_h, start, length, at, _stored(V, i_chunk, chunks - 1, chunks, HAS_LAST, PACKED),
             v, dC, q, _chunk_scores(d_scores, i_chunk - skip, i_h, H, L, BS), dk, w, w, dn, k, k_dots, None,
             R, H, sv_t, sv_h, sq_t, sq_h, H * K, K, sk_t, sk_h, V, K, L, BS, BM, BXV, BYK, BJ, True, True,
         )  # fmt: skip
     else:
-        tl.store(d_decay + at, _state_product(C, n, dC, dn, at, K, V, BLOCK, BK) * tl.load(decay + at).to(tl.float32))
+        size = _stored(K * V, i_chunk, 0, chunks, HAS_FIRST, PACKED)
+        size = _stored(size, i_chunk, chunks - 1, chunks, HAS_LAST, PACKED)
+        product = _state_product(C, n, dC, dn, at, size, K, V, BLOCK, BK)
+        tl.store(d_decay + at, product * tl.load(decay + at).to(tl.float32))
 
 
 # gradients of gates

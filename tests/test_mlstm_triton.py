@@ -376,26 +376,29 @@ def test_nothing_is_compiled_again_for_another_batch_or_length(H, K, V, layout):
 def test_many_chunks_are_right():
     """More than the kernels for stabilisers take at a time."""
     assert_correct(inputs(2, 8300, 2, 16, 16, aligned=True), torch.float32)
-    assert_correct(inputs(1, 33000, 2, 16, 16, aligned=True), torch.bfloat16)
 
 
-@pytest.mark.skipif(not GPU, reason="needs forty gigabytes")
+@pytest.mark.skipif(not GPU, reason="needs thirty gigabytes")
 def test_a_million_tokens_are_finite_and_those_of_their_parts():
     """In places beyond 2^32 too, where the second part alone is not."""
     T, H, K, V = 2**20, 8, 16, 520
     assert T * H * V > 2**32
-    q, k = torch.randn(2, 1, T, H, K, device=DEVICE, dtype=torch.bfloat16).unbind()
+    q, k = torch.randn(2, 1, T, H, K, device=DEVICE, dtype=torch.bfloat16).abs().unbind()
     v = torch.randn(1, T, H, V, device=DEVICE, dtype=torch.bfloat16)
     igate, fgate = (torch.randn(1, T, H, device=DEVICE) + mean for mean in (-3, 4.5))
     tokens = (q, k, v, igate, fgate)
     h, state = mlstm_chunkwise(*tokens, backend="triton")
-    assert h.isfinite().all() and all(x.isfinite().all() for x in state)
-    split, first = T - 70000, None
-    for part in (slice(None, split), slice(split, None)):
-        h_part, first = mlstm_chunkwise(*(x[:, part] for x in tokens), state=first, backend="triton")
-        assert (h_part - h[:, part]).norm(dtype=torch.float32) <= 2e-3 * h_part.norm(dtype=torch.float32)
-    for x, y in zip(first, state, strict=True):
-        torch.testing.assert_close(x, y, atol=1e-3 * y.abs().max().item(), rtol=0.0)
+    assert h.sum(dtype=torch.float32).isfinite()
+    split = T - 10000
+    h_part, between = mlstm_chunkwise(*(x[:, :split] for x in tokens), backend="triton")
+    assert torch.equal(h[:, :split], h_part)
+    del h_part
+    rest = [x[:, split:] for x in tokens]
+    parts = mlstm_chunkwise(*rest, state=between, backend="triton")
+    double = MLSTMState(*(x.double() for x in between))
+    oracle = mlstm_chunkwise(*(x.double() for x in rest), state=double, backend="torch")
+    for names in zip((h[:, split:], *state), (oracle[0], *oracle[1]), (parts[0], *parts[1]), strict=True):
+        assert_matches(*names)
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
