@@ -12,7 +12,7 @@ Dims: `B` batch `T` time `H` heads `V` value head dim `R` rows (tokens of all se
 import torch
 from torch import Tensor
 
-from .triton_language import tl, triton
+from .triton_language import blocks_of, power_of_2, tl, triton
 
 
 # How work is cut, chosen by registers and bytes in flight on an H100: elements of a block, and of a warp.
@@ -128,7 +128,7 @@ def _rows(x: Tensor, width: int) -> Tensor:
 
 def _block(V: int, elements: int, elements_of_warp: int) -> dict[str, int]:
     """Arguments of a kernel for blocks of rows of one head, one row where it alone is larger."""
-    BV = triton.next_power_of_2(V)
+    BV = power_of_2(V)
     BR = max(1, elements // BV)
     return {"V": V, "BR": BR, "BV": BV, "num_warps": min(32, BR * BV // elements_of_warp)}
 
@@ -163,7 +163,7 @@ def gated_head_norm(
     hs, os = _rows(h, H * V), None if o is None else _rows(o, H * V)
     block = _block(V, *FORWARD)
     with torch.cuda.device_of(h):
-        gated_head_norm_fwd_kernel[(triton.cdiv(B * T, block["BR"]) * H,)](
+        gated_head_norm_fwd_kernel[(blocks_of(B * T, block["BR"]) * H,)](
             hs, os, weight.contiguous(), None if bias is None else bias.contiguous(), y, B * T,
             hs.stride(0), 0 if os is None else os.stride(0), offset, eps, H,
             HAS_GATE=o is not None, HAS_BIAS=bias is not None, **block,
@@ -186,7 +186,7 @@ def _gated_head_norm_backward(
     dh, do = h.new_empty(h.shape), _empty_like(o, h)
     dys, hs, os = _rows(dy, H * V), _rows(h, H * V), None if o is None else _rows(o, H * V)
     block = _block(V, *BACKWARD)
-    P = max(1, min(triton.cdiv(B * T, block["BR"]), _programs(block["num_warps"], h.device) // H))
+    P = max(1, min(blocks_of(B * T, block["BR"]), _programs(block["num_warps"], h.device) // H))
     sums = h.new_empty(1 if bias is None else 2, P, H * V, dtype=torch.float32)
     with torch.cuda.device_of(h):
         gated_head_norm_bwd_kernel[(H, P)](

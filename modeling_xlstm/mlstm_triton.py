@@ -38,7 +38,7 @@ from .mlstm_triton_kernels import (
     mlstm_fwd_stabiliser_kernel,
     mlstm_state_kernel,
 )
-from .triton_language import triton
+from .triton_language import blocks_of, power_of_2
 
 
 class _Blocks(NamedTuple):
@@ -59,7 +59,7 @@ class _Blocks(NamedTuple):
 
 def _tile(size: int, most: int) -> int:
     """The size of a block that covers `size`, or `most`: a power of two, and what a product takes at least."""
-    return max(16, min(most, triton.next_power_of_2(size)))
+    return max(16, min(most, power_of_2(size)))
 
 
 def _blocks(q: Tensor, V: int) -> _Blocks:
@@ -119,7 +119,7 @@ class _Chunks(NamedTuple):
 def _counts(B: int, T: int, cu_seqlens: Tensor | None, L: int) -> tuple[int, int]:
     """How many sequences there are, and chunks of all of them."""
     if cu_seqlens is None:
-        return B, B * triton.cdiv(T, L)
+        return B, B * blocks_of(T, L)
     sequences = cu_seqlens.shape[0] - 1
     return sequences, T // L + sequences
 
@@ -127,7 +127,7 @@ def _counts(B: int, T: int, cu_seqlens: Tensor | None, L: int) -> tuple[int, int
 def _cut(B: int, T: int, cu_seqlens: Tensor | None, L: int) -> _Chunks:
     sequences, total = _counts(B, T, cu_seqlens, L)
     if cu_seqlens is None:
-        return _Chunks(T, _aligned(B * T), triton.cdiv(T, L), total, sequences)
+        return _Chunks(T, _aligned(B * T), blocks_of(T, L), total, sequences)
     bounds, _ = cu_seqlens.to(torch.int64).clamp(0, T).cummax(0)  # a compiled caller has not checked them
     first = F.pad(((bounds.diff() + (L - 1)) // L).cumsum(0), (1, 0))
     chunk = torch.arange(total, device=bounds.device)
@@ -164,7 +164,7 @@ def _pieces(
     N, pairs = cut.total, blocks.L // blocks.BS * (blocks.L // blocks.BS + 1) // 2
     dtype = _kept_dtype(x.dtype)
     of_chunk = matrices * H * pairs * blocks.BS**2 * dtype.itemsize
-    most = triton.cdiv(N, triton.cdiv(N * of_chunk, most_bytes))
+    most = blocks_of(N, blocks_of(N * of_chunk, most_bytes))
     spans = [(first, min(most, N - first)) for first in range(0, N, most)]
     return x.new_empty(matrices, most, H, pairs, blocks.BS, blocks.BS, dtype=dtype), spans
 
@@ -188,7 +188,7 @@ def _run_state(x, y, weight, scale, decay, factor, first, between, ends, cut, bl
     packed, reverse = cut.packed, factor is not None
     has_first, has_end = first[0] is not None, ends[0] is not None
     many, few = blocks.d_state if reverse else blocks.state, blocks.few_states
-    busy = cut.sequences * H * triton.cdiv(K, many[1]) * triton.cdiv(V, many[2]) > _processors(x.device) / 2
+    busy = cut.sequences * H * blocks_of(K, many[1]) * blocks_of(V, many[2]) > _processors(x.device) / 2
     chosen = many if busy else few
     kind = (x.device, x.dtype, H, K, V, *_strides(x, y), _at_16(x, y), packed, reverse, has_first, has_end)
     for block in (chosen,) if kind in _compiled_states else {many, few}:
@@ -199,7 +199,7 @@ def _run_state(x, y, weight, scale, decay, factor, first, between, ends, cut, bl
             cut.starts, cut.lengths, cut.first, cut.T, cut.chunks, cut.R, *_strides(x, y), H,
             K=K, V=V, L=blocks.L, BT=BT, BK=BK, BV=BV, REVERSE=reverse, HAS_FIRST=has_first, HAS_END=has_end,
             PACKED=packed, num_warps=warps, num_stages=stages,
-            grid=(cut.sequences * triton.cdiv(K, BK) * triton.cdiv(V, BV), H), warmup=block != chosen,
+            grid=(cut.sequences * blocks_of(K, BK) * blocks_of(V, BV), H), warmup=block != chosen,
         )  # fmt: skip
     _compiled_states.add(kind)
 
@@ -261,7 +261,7 @@ def _forward(q, k, v, igate, fgate, C, n, m, cu_seqlens, sigmoid, gate_soft_cap,
         )  # fmt: skip
         BM, BX, BY, BJ, warps, stages = blocks.combine
         BX, BY = _tile(K, BX), _tile(V, BY)
-        mlstm_fwd_combine_kernel[(count * (L // BM) * triton.cdiv(V, BY), H)](
+        mlstm_fwd_combine_kernel[(count * (L // BM) * blocks_of(V, BY), H)](
             qs, C_between, vs, scores, h, state_weight, denominator, *cut.tables, skip, *_strides(qs, vs, h), H,
             K=K, V=V, L=L, BS=BS, BM=BM, BX=BX, BY=BY, BJ=BJ, HAS_FIRST=C is not None, PACKED=packed,
             num_warps=warps, num_stages=stages,
@@ -341,7 +341,7 @@ def _backward_pass(
     dq, dk, dv = new(B * T, H, K), new(B * T, H, K), new(B * T, H, V)
     BM, BX, BY, BJ, combine_warps, combine_stages = blocks.d_combine
     BYK, BYV = _tile(K, BY), _tile(V, BY)
-    parts = triton.cdiv(K, BYK)
+    parts = blocks_of(K, BYK)
     d_decay, (q_dots, k_dots) = new(N, H, dtype=torch.float32), new(2, parts, H, cut.R, dtype=torch.float32)
     col_sum, between = new(2, L // BS, H, cut.R, dtype=torch.float32)
     (scores, d_scores), pieces = _pieces(cut, H, blocks, q, 2, blocks.d_scores_bytes)
@@ -352,12 +352,12 @@ def _backward_pass(
             K=K, V=V, L=L, BS=BS, BK=_tile(K, BD), BV=_tile(V, BD), PACKED=packed,
             num_warps=warps, num_stages=stages, maxnreg=registers,
         )  # fmt: skip
-        mlstm_bwd_combine_kernel[(count * (L // BM * (triton.cdiv(V, BYV) + 2 * parts) + 1), H)](
+        mlstm_bwd_combine_kernel[(count * (L // BM * (blocks_of(V, BYV) + 2 * parts) + 1), H)](
             qs, ks, vs, dhs, C_between, n_between, dC_between, dn_between, scores, d_scores, weight, scale, decay,
             dC_weight, dn_weight, dq, dk, dv, d_decay, q_dots, k_dots,
             *cut.tables, skip, *_strides(qs, ks, vs, dhs), H,
             K=K, V=V, L=L, BS=BS, BM=BM, BXK=_tile(K, BX), BXV=_tile(V, BX), BYK=BYK, BYV=BYV, BJ=BJ,
-            BLOCK=min(16384, triton.next_power_of_2(K * V)), BK=triton.next_power_of_2(K),
+            BLOCK=min(16384, power_of_2(K * V)), BK=power_of_2(K),
             HAS_FIRST=has_state, HAS_LAST=dC is not None, PACKED=packed,
             num_warps=combine_warps, num_stages=combine_stages,
         )  # fmt: skip

@@ -26,7 +26,7 @@ from .fused import soft_cap
 from .mlstm_torch import MLSTMState, hold_padding
 from .mlstm_torch import mlstm_step as mlstm_step_torch
 from .mlstm_triton_kernels import LOG_FLOOR, _exp, _log_gates
-from .triton_language import tl, triton
+from .triton_language import blocks_of, power_of_2, tl, triton
 
 
 # may have any value without another compilation
@@ -121,8 +121,8 @@ class _Epilogue(NamedTuple):
 
 def _blocks(K: int, V: int) -> tuple[int, int, int]:
     """Keys and values of a program, and its warps. Picked for an H100: 128 programs for 8 heads of 256 x 512."""
-    BK = triton.next_power_of_2(K)
-    BV = min(triton.next_power_of_2(V), max(1, min(32, 8192 // BK)))
+    BK = power_of_2(K)
+    BV = min(power_of_2(V), max(1, min(32, 8192 // BK)))
     return BK, BV, max(4, min(16, BK * BV // 1024))
 
 
@@ -145,12 +145,12 @@ def _launch(
     q, k, v = _rows(q), _rows(k), _rows(v)
     ogate, weight, bias, y = epilogue or (None, None, None, None)
     with torch.cuda.device_of(q):
-        mlstm_step_kernel[(B * H * triton.cdiv(V, BV),)](
+        mlstm_step_kernel[(B * H * blocks_of(V, BV),)](
             q, k, v, igate, fgate, mask, *state, *out, h, arrived, ogate, weight, bias, y,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *igate.stride(), *fgate.stride(),
             0 if ogate is None else ogate.stride(0), 0 if mask is None else mask.stride(0),
             H, K**-0.5, gate_soft_cap or 0.0, eps, norm_eps, offset,
-            K=K, V=V, BK=BK, BV=BV, BN=triton.next_power_of_2(V),
+            K=K, V=V, BK=BK, BV=BV, BN=power_of_2(V),
             SIGMOID=input_gate == "sigmoid", CAPPED=gate_soft_cap is not None, HAS_MASK=mask is not None,
             HAS_BIAS=bias is not None, COUNTED=arrived is not None, GATED=epilogue is not None, num_warps=warps,
         )  # fmt: skip
