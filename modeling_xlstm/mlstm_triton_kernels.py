@@ -107,7 +107,8 @@ def _linear(z1, x1, z2, x2):
 def _tf32(x):
     """Float32 rounded to what TF32 holds; a product would cut the other digits off. Float16 fits as it is."""
     if x.dtype == tl.float32:
-        x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        nearest = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, nearest, x)  # of a NaN that has all bits set the sum is a zero
     return x.to(tl.float32)
 
 

@@ -401,6 +401,15 @@ def test_a_million_tokens_are_finite_and_those_of_their_parts():
         assert_matches(*names)
 
 
+@pytest.mark.parametrize("dtype", sorted({*DTYPES, *HALVES}, key=str))
+def test_nan_in_a_state_stays_nan(dtype):
+    """Even in what is rounded by its bits: these are all set in the NaN that a GPU makes."""
+    x = rounded(inputs(2, 5), dtype)
+    x["C"] = torch.full_like(x["C"], -1, dtype=torch.int32).view(torch.float32)
+    h, state = chunkwise(x, "triton")
+    assert h.isnan().all() and state.C.isnan().all() and state.n.isfinite().all()
+
+
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 def test_auto_is_triton_on_a_gpu_and_torch_where_it_cannot_serve():
     x = inputs(2, 19)
