@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+from triton import OutOfResources
 
 from modeling_xlstm import mlstm_chunkwise, mlstm_triton
 
@@ -72,6 +73,8 @@ def measure(B: int, T: int, H: int, K: int, V: int, cut: dict[str, tuple[int, ..
     *x, dh = inputs(B, T, H, K, V)
     state, options = (None, None, None), (False, None, 1e-6)
     blocks = mlstm_triton._blocks(x[0], V)._replace(**cut)
+    if max(blocks.combine[3], blocks.d_combine[3]) > blocks.BS:
+        raise ValueError(f"Products take at most a block of scores at once, {blocks.BS} tokens, got {cut}.")
     with mock.patch.object(mlstm_triton, "_blocks", return_value=blocks):
         error = largest_error(H, K, V)
         if not error <= MOST_ERROR:
@@ -104,7 +107,7 @@ def main() -> None:
         cut = dict(zip(choices, values, strict=True))
         try:
             times = measure(*args.shape, cut)
-        except ArithmeticError as error:
+        except (ArithmeticError, ValueError, OutOfResources) as error:
             print(f"{cut or 'as it is'}: no speed without correct results: {error}")
             continue
         backward = sum(ms for name, ms in times.items() if name.endswith("(backward)"))

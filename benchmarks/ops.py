@@ -187,7 +187,6 @@ STEP = (
 GATED_STEP = (
     Implementation(
         OURS, OURS, lambda: imported("modeling_xlstm.mlstm_triton_step", "mlstm_step_gated", **NORM_OPTIONS),
-        lambda x: x | {"counter": torch.zeros_like(x["m"], dtype=torch.int32)},
     ),
     Implementation(
         f"{OURS} in place", OURS,

@@ -44,6 +44,12 @@ def _sequence(i_n, chunks, first_chunk, PACKED: tl.constexpr):
 
 
 @triton.jit
+def _max(x, y):
+    """The larger, or the one that is not a number, which `tl.maximum` alone drops."""
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _exp(x):
     """exp of float32 to the last bit; `tl.exp` first rounds x log2(e) to float32, which costs digits of a large x."""
     return tl.exp(x.to(tl.float64)).to(tl.float32)
@@ -82,13 +88,13 @@ def _keeps(log_f, log_f_low, peak, m_before, tokens, at, valid):
 @triton.jit
 def _later(b1, a1, b2, a2):
     """Two steps `m -> max(b + m, a)` as one."""
-    return b1 + b2, tl.maximum(a1 + b2, a2)
+    return b1 + b2, _max(a1 + b2, a2)
 
 
 @triton.jit
 def _larger(x1, i1, x2, i2):
     """The larger value and its place, the first of equals."""
-    return tl.maximum(x1, x2), tl.where(x2 > x1, i2, i1)
+    return _max(x1, x2), tl.where(x2 > x1, i2, i1)
 
 
 @triton.jit
@@ -168,7 +174,7 @@ def mlstm_fwd_gates_kernel(
     igates = tl.load(igate + start * si_t + i_h * si_h + o_t * si_t, mask=valid, other=0.0)
     fgates = tl.load(fgate + start * sf_t + i_h * sf_h + o_t * sf_t, mask=valid, other=0.0)
     logi, logf, closed = _log_gates(igates, fgates, cap, SIGMOID, CAPPED)
-    logi, logf = tl.where(valid, logi, float("-inf")), tl.where(valid, tl.maximum(logf, LOG_ZERO), 0.0)
+    logi, logf = tl.where(valid, logi, float("-inf")), tl.where(valid, _max(logf, LOG_ZERO), 0.0)
     b = tl.cumsum(logf, 0)
     b_last = tl.sum(tl.where(o_t == L - 1, b, 0.0), 0)  # the same sum, so that nothing is between it and the last
     reach = tl.where(valid & closed, 0.0, logi)  # for the stabiliser a shut gate is open to a key of zero
@@ -184,7 +190,7 @@ def mlstm_fwd_gates_kernel(
         largest_before, token = tl.associative_scan((reach - b, o_t), 0, _larger)
         tl.store(peak + rows, (b + largest_before).to(tl.float32), mask=valid)
         tl.store(source + rows, token, mask=valid)
-        largest = tl.max(tl.where(valid, (b_last - b) + reach, float("-inf")), 0)
+        largest = tl.reduce(tl.where(valid, (b_last - b) + reach, float("-inf")), 0, _max)
         tl.store(top + i_chunk * H + i_h, largest)
         largest = tl.where(largest == float("-inf"), 0.0, largest)
     tl.store(weight + rows, _exp(to_end - largest), mask=valid)
@@ -214,7 +220,7 @@ def mlstm_fwd_stabiliser_kernel(
         else:
             a = tl.load(top + at, mask=valid, other=float("-inf"))
             b_sum, a_max = tl.associative_scan((b, a), 0, _later)
-            m_after = tl.maximum(b_sum + m, a_max)
+            m_after = _max(b_sum + m, a_max)
             tl.store(m_before + c * H + i_h, m)
             tl.store(m_before + at + H, m_after, mask=c + o_c + 1 < end)
             tl.debug_barrier()
@@ -366,7 +372,7 @@ def mlstm_fwd_scores_kernel(
     if SIGMOID:
         m = tl.where(valid, 0.0, float("inf"))
     else:
-        m = tl.maximum(through.to(tl.float32), tl.load(peak + tokens + rows, mask=valid, other=float("inf")))
+        m = _max(through.to(tl.float32), tl.load(peak + tokens + rows, mask=valid, other=float("inf")))
     g = _exp(through - m) * softmax_scale
     norm = tl.zeros([BS], tl.float32)
     for i_k in tl.static_range(0, K, BK):
@@ -391,7 +397,7 @@ def mlstm_fwd_scores_kernel(
         norm += tl.sum(S.to(tl.float32), 1)
         inside, _ = _scores(rows, cols, BS)
         tl.store(scores + inside, S)
-    den = tl.maximum(tl.abs(norm), _exp(tl.minimum(-m, LOG_FLOOR))) + eps
+    den = _max(tl.abs(norm), _exp(tl.minimum(-m, LOG_FLOOR))) + eps
     tl.store(m_rows + tokens + rows, m, mask=valid)
     tl.store(normaliser + tokens + rows, norm, mask=valid)
     tl.store(denominator + tokens + rows, den, mask=valid)

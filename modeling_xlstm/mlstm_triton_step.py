@@ -25,7 +25,7 @@ from .checks import full_precision
 from .fused import soft_cap
 from .mlstm_torch import MLSTMState, hold_padding
 from .mlstm_torch import mlstm_step as mlstm_step_torch
-from .mlstm_triton_kernels import LOG_FLOOR, _exp, _log_gates
+from .mlstm_triton_kernels import LOG_FLOOR, _exp, _log_gates, _max
 from .triton_language import blocks_of, power_of_2, tl, triton
 
 
@@ -72,7 +72,7 @@ def mlstm_step_kernel(
         logf, m_new = logf.to(tl.float32), tl.zeros_like(m_old)
     else:
         logf = (logf + m_old).to(tl.float32)
-        m_new = tl.maximum(logf, logi, propagate_nan=tl.PropagateNan.ALL)
+        m_new = _max(logf, logi)
         m_new = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing is left, and nothing enters: empty again
     f, floor = _exp(logf - m_new), _exp(tl.minimum(-m_new, LOG_FLOOR))
     b_q, b_k, b_v = b_q.to(tl.float32) * softmax_scale, b_k.to(tl.float32) * _exp(logi - m_new), b_v.to(tl.float32)
@@ -80,7 +80,7 @@ def mlstm_step_kernel(
     b_n = f * b_n + b_k
     numerator = tl.sum(b_q[:, None] * b_C, 0)
     normaliser = tl.abs(tl.sum(b_q * b_n, 0))
-    b_h = tl.div_rn(numerator, tl.maximum(normaliser, floor, propagate_nan=tl.PropagateNan.ALL) + eps)
+    b_h = tl.div_rn(numerator, _max(normaliser, floor) + eps)
     tl.store(h + i * V + o_v, b_h.to(h.dtype.element_ty), mask=in_v)
     last = i_v == 0  # or any other
     if COUNTED:

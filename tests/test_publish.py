@@ -606,6 +606,12 @@ def test_a_checkpoint_saved_by_the_package_does_not_promise_code_that_is_not_the
 def test_the_code_of_a_checkpoint_asks_for_nothing_that_the_package_does_not_require():
     """Transformers downloads no file whose imports are not installed, and kernels are for those who have Triton."""
     names = {path.name for path in code_files()}
-    assert {"mlstm_triton.py", "mlstm_triton_kernels.py", "mlstm_triton_step.py", "head_norm_triton.py"} <= names
+    assert {
+        "mlstm_triton.py",
+        "mlstm_triton_kernels.py",
+        "mlstm_triton_step.py",
+        "head_norm_triton.py",
+        "triton_language.py",
+    } <= names
     asked = {name for path in code_files() for name in get_imports(path)} - sys.stdlib_module_names
     assert asked <= {"torch", "transformers", "safetensors", "filelock", "huggingface_hub", "packaging"}
