@@ -76,7 +76,7 @@ def main() -> None:
     )
     with (
         mock.patch.object(JITFunction, "run", compile_only(JITFunction.run)),
-        mock.patch.object(mlstm_triton, "_shared_memory", return_value=SHARED_MEMORY[args.arch]),
+        mock.patch.object(mlstm_triton, "shared_memory", return_value=SHARED_MEMORY[args.arch]),
     ):
         for K, V in zip(args.sizes[::2], args.sizes[1::2], strict=True):
             report(K, V, getattr(torch, args.dtype))

@@ -39,13 +39,17 @@ def resolve(requested: str, tensor: torch.Tensor, op: str = "mLSTM") -> str:
 
 
 def _obstacle_to_triton(tensor: torch.Tensor, op: str) -> str | None:
-    if op == "sLSTM":
-        return "the sLSTM has no Triton kernels"
     if not HAS_TRITON:
         return "the package triton is not installed"
     if tensor.dtype == torch.float64:
         return "the kernels take float16, bfloat16 and float32, not float64"
     if tensor.device.type == "cuda":
-        older = torch.cuda.get_device_properties(tensor.device).major < 8
-        return "the kernels need a GPU of compute capability 8.0 or later" if older else None
-    return None if INTERPRETED else "the kernels run on GPUs (elsewhere only under TRITON_INTERPRET=1, as a check)"
+        if torch.cuda.get_device_properties(tensor.device).major < 8:
+            return "the kernels need a GPU of compute capability 8.0 or later"
+    elif not INTERPRETED:
+        return "the kernels run on GPUs (elsewhere only under TRITON_INTERPRET=1, as a check)"
+    if op == "sLSTM":
+        from .slstm_triton import obstacle
+
+        return obstacle(tensor.shape[-1], tensor.dtype, tensor.device)
+    return None

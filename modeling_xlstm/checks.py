@@ -79,3 +79,9 @@ def check_sequence(batch: int, time: int, device: torch.device, mask, cu_seqlens
         if bounds[0] != 0 or bounds[-1] != time or any(a > b for a, b in pairwise(bounds)):
             raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {time}, got {bounds}.")
     return cu_seqlens.numel() - 1
+
+
+def rising(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Boundaries in int64 that rise within the tokens, which a compiled caller has not checked."""
+    bounds, _ = cu_seqlens.to(torch.int64).clamp(0, tokens).cummax(0)
+    return bounds

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import full_precision
+from .checks import full_precision, rising
 from .mlstm_triton_kernels import (
     mlstm_bwd_combine_kernel,
     mlstm_bwd_gates_kernel,
@@ -38,7 +38,7 @@ from .mlstm_triton_kernels import (
     mlstm_fwd_stabiliser_kernel,
     mlstm_state_kernel,
 )
-from .triton_language import blocks_of, power_of_2
+from .triton_language import blocks_of, power_of_2, processors, shared_memory
 
 
 class _Blocks(NamedTuple):
@@ -70,7 +70,7 @@ def _blocks(q: Tensor, V: int) -> _Blocks:
             scores=(32, 4, 1), d_scores=(32, 4, 1, None), combine=combine, d_combine=combine,
         )  # fmt: skip
     K = q.shape[-1]
-    if _shared_memory(q.device) < 200_000 or q.dtype != torch.bfloat16 or K % 128 or V % 256:
+    if shared_memory(q.device) < 200_000 or q.dtype != torch.bfloat16 or K % 128 or V % 256:
         state, combine = (64, 64, 128, 4, 2), (128, 64, 128, 64, 8, 2)
         return _Blocks(
             L=256, BS=64, state=state, d_state=state, few_states=state,
@@ -81,17 +81,6 @@ def _blocks(q: Tensor, V: int) -> _Blocks:
         scores=(64, 4, 4), d_scores=(64, 4, 4, 168), combine=(128, 64, 128, 64, 8, 3),
         d_combine=(128, 64, 256, 64, 8, 4), d_scores_bytes=(160 if K > 128 else 96) << 20,
     )  # fmt: skip
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
-
-
-def _shared_memory(device: torch.device) -> int:
-    """Bytes that a program may have on this device."""
-    if device.type != "cuda":
-        return 0
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 class _Chunks(NamedTuple):
@@ -128,7 +117,7 @@ def _cut(B: int, T: int, cu_seqlens: Tensor | None, L: int) -> _Chunks:
     sequences, total = _counts(B, T, cu_seqlens, L)
     if cu_seqlens is None:
         return _Chunks(T, _aligned(B * T), blocks_of(T, L), total, sequences)
-    bounds, _ = cu_seqlens.to(torch.int64).clamp(0, T).cummax(0)  # a compiled caller has not checked them
+    bounds = rising(cu_seqlens, T)
     first = F.pad(((bounds.diff() + (L - 1)) // L).cumsum(0), (1, 0))
     chunk = torch.arange(total, device=bounds.device)
     sequence = torch.searchsorted(first[1:], chunk, right=True).clamp(max=sequences - 1)
@@ -188,7 +177,7 @@ def _run_state(x, y, weight, scale, decay, factor, first, between, ends, cut, bl
     packed, reverse = cut.packed, factor is not None
     has_first, has_end = first[0] is not None, ends[0] is not None
     many, few = blocks.d_state if reverse else blocks.state, blocks.few_states
-    busy = cut.sequences * H * blocks_of(K, many[1]) * blocks_of(V, many[2]) > _processors(x.device) / 2
+    busy = cut.sequences * H * blocks_of(K, many[1]) * blocks_of(V, many[2]) > processors(x.device) / 2
     chosen = many if busy else few
     kind = (x.device, x.dtype, H, K, V, *_strides(x, y), _at_16(x, y), packed, reverse, has_first, has_end)
     for block in (chosen,) if kind in _compiled_states else {many, few}:

@@ -57,7 +57,9 @@ def _exp(x):
 
 @triton.jit
 def _tanh(x):
-    return 1 - 2 / (tl.exp(2 * x) + 1)
+    shrunk = tl.exp(-2 * tl.abs(x))
+    size = (1 - shrunk) / (1 + shrunk)
+    return tl.where(x < 0, -size, size)
 
 
 @triton.jit

@@ -191,7 +191,10 @@ class XLSTMPreTrainedModel(PreTrainedModel):
         """Selects the kernels of every layer: `"auto"`, `"torch"` or `"triton"`; raises if they cannot run here."""
         layers = [x for x in self.modules() if isinstance(x, MLSTMLayer | MLSTMPreUpLayer | SLSTMLayer)]
         for layer in layers:
-            resolve(backend, next(layer.parameters()), "sLSTM" if isinstance(layer, SLSTMLayer) else "mLSTM")
+            if isinstance(layer, SLSTMLayer):
+                resolve(backend, layer.recurrent_weight, "sLSTM")
+            else:
+                resolve(backend, next(layer.parameters()))
         self.config.backend = backend
         for layer in layers:
             layer.backend = backend

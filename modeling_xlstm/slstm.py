@@ -7,11 +7,15 @@ https://arxiv.org/abs/2405.04517 (equations 8 to 18); the definition is `slstm_t
 import torch
 from torch import Tensor
 
-from .backends import resolve
+from .backends import HAS_TRITON, resolve
 from .checks import check_float, check_like, check_sequence, full_precision, state_dtype
 from .slstm_torch import SLSTMState, hold_padding
 from .slstm_torch import slstm_scan as slstm_scan_torch
 from .slstm_torch import slstm_step as slstm_step_torch
+
+
+if HAS_TRITON:
+    from .slstm_triton import slstm_scan as slstm_scan_triton
 
 
 def slstm_scan(
@@ -50,11 +54,12 @@ def slstm_scan(
     B, T = gates.shape[:2]
     _check_inputs(gates, R)
     sequences = check_sequence(B, T, gates.device, mask, cu_seqlens)
-    resolve(backend, gates, "sLSTM")
+    backend = resolve(backend, gates, "sLSTM")
     state = _check_state(state, gates, sequences)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (gates, R, *state))
+    scan = slstm_scan_triton if backend == "triton" else slstm_scan_torch
     with full_precision(gates.device):
-        h, *last, _, _ = slstm_scan_torch(gates, R, *state, mask, cu_seqlens, keep)
+        h, *last = scan(gates, R, *state, mask, cu_seqlens, keep)[:5]
     return h, SLSTMState(*last)
 
 
@@ -83,12 +88,16 @@ def slstm_step(
     """
     check_float("gates", gates, "B H 4 D")
     _check_inputs(gates, R)
-    resolve(backend, gates, "sLSTM")
+    backend = resolve(backend, gates, "sLSTM")
     state = _check_state(state, gates, gates.shape[0])
+    if mask is not None:
+        check_like("mask", mask, gates.shape[:1], gates.device, (torch.bool,))
+    if backend == "triton":
+        h, new = slstm_scan(gates[:, None], R, state, mask=None if mask is None else mask[:, None], backend=backend)
+        return h[:, 0], new
     with full_precision(gates.device):
         _, new = slstm_step_torch(gates, R, state)
     if mask is not None:
-        check_like("mask", mask, gates.shape[:1], gates.device, (torch.bool,))
         new = hold_padding(new, state, mask)
     return new.h.to(gates.dtype), new
 

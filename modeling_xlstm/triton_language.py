@@ -1,12 +1,15 @@
 """Triton, or a sentence that says why the kernels cannot do without it, and what launchers of kernels share."""
 
+import torch
+
+
 try:  # in a `try`, so that Transformers does not ask for it when it downloads this file to a machine without a GPU
     import triton
     import triton.language as tl
 except ImportError as error:
     raise ImportError("the kernels need the package triton, version 3.6 or later.") from error
 
-__all__ = ["blocks_of", "power_of_2", "tl", "triton"]
+__all__ = ["blocks_of", "power_of_2", "processors", "shared_memory", "tl", "triton"]
 
 
 # Triton's own `cdiv` and `next_power_of_2` cost five microseconds a call outside of kernels; a launch costs thirty.
@@ -20,3 +23,15 @@ def blocks_of(size: int, block: int) -> int:
 def power_of_2(size: int) -> int:
     """The smallest power of two that is not less."""
     return 1 << (size - 1).bit_length()
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a CPU has none."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have on this device."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]

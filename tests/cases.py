@@ -193,6 +193,17 @@ def stepwise(step: Op) -> Op:
     return run
 
 
+def unstabilised(op: Op) -> Op:
+    """An sLSTM with the values that its final state stands for, which do not depend on where its stabiliser is from."""
+
+    def run(inputs: Inputs, **options: Any):
+        y, state = op(inputs, **options)
+        h, c, n, m = state
+        return y, type(state)(h, c * m.exp(), n * m.exp(), torch.zeros_like(m))
+
+    return run
+
+
 def strided(op: Op, layout: str) -> Op:
     """The same inputs as views that are not contiguous: every second entry of memory, or axes in reversed order."""
     views = {

@@ -36,8 +36,8 @@ def compiled(monkeypatch):
     monkeypatch.setattr(
         JITFunction, "run", lambda self, *args, **options: run(self, *args, **options | {"warmup": True})
     )
-    monkeypatch.setattr(mlstm_triton, "_shared_memory", lambda device: 232_448)
-    monkeypatch.setattr(mlstm_triton, "_processors", lambda device: 132)
+    monkeypatch.setattr(mlstm_triton, "shared_memory", lambda device: 232_448)
+    monkeypatch.setattr(mlstm_triton, "processors", lambda device: 132)
     monkeypatch.setattr(mlstm_triton, "_compiled_states", set())
     h100 = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", 90, 32),

@@ -20,6 +20,7 @@ from cases import (
     separately,
     slstm_inputs,
     stepwise,
+    unstabilised,
 )
 from numerics import assert_each, assert_exact, assert_matches
 
@@ -59,16 +60,6 @@ def paper(x):
         h = torch.sigmoid(o) * c / n
         outputs.append(h)
     return torch.stack(outputs, 1), SLSTMState(h, c, n, m)
-
-
-def unstabilised(op):
-    """`op` with the values that its final state stands for, as `paper` has them."""
-
-    def run(x):
-        y, (h, c, n, m) = op(x)
-        return y, SLSTMState(h, c * m.exp(), n * m.exp(), torch.zeros_like(m))
-
-    return run
 
 
 @lru_cache
