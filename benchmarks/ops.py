@@ -46,7 +46,7 @@ TEXTS = ("op", "shape", "implementation", "remark", "version", "gpu", "torch", "
 SHOWN = {"ms": "{:.4f}", "of ours": "{:.2f}", "extra GiB": "{:.2f}", "of copy": "{:.0%}", "of matmul": "{:.0%}"}
 LONGEST_BAR = 6
 
-Inputs = dict[str, Tensor]
+Inputs = dict[str, Any]  # tensors by name; of an LSTM the module too
 
 
 class Shape(NamedTuple):
@@ -125,6 +125,22 @@ def step_traffic(s: Shape) -> int:
     return s.B * s.H * (2 * 4 * (s.K * s.V + s.K + 1) + 2 * (2 * s.K + s.V) + 2 * 4 + 2 * s.V)
 
 
+def slstm_inputs(s: Shape) -> Inputs:
+    """Gates `[B, T, H, 4, D]` and recurrent weights; K and V of a shape are both D."""
+    return {"gates": normal(s.B, s.T, s.H, 4, s.K), "R": normal(s.H, 4, s.K, s.K) / s.K**0.5}
+
+
+def slstm_traffic(s: Shape, backward: bool = False) -> int:
+    """Forward gates and R are read and h is written; backward they and dh are read and gradients written."""
+    inputs, h = 2 * s.H * 4 * s.K * (s.B * s.T + s.K), 2 * s.B * s.T * s.H * s.K
+    return 3 * inputs + 2 * h if backward else inputs + h
+
+
+def slstm_flops(s: Shape) -> int:
+    """R h of four gates for each token and head."""
+    return s.B * s.T * s.H * 8 * s.K**2
+
+
 def gated_step_traffic(s: Shape) -> int:
     """As a step, and the output gate and the norm's weight are read."""
     return step_traffic(s) + 2 * (s.B + 1) * s.H * s.V
@@ -153,6 +169,22 @@ def attention_inputs(x: Inputs) -> Inputs:
 
 def head_norm(h: Tensor, o: Tensor, weight: Tensor) -> Tensor:
     return torch.sigmoid(o) * (F.layer_norm(h, h.shape[-1:], eps=EPS).flatten(-2) * weight)
+
+
+def flashrnn(backend: str) -> Callable:
+    scan = imported("flashrnn.flashrnn", "flashrnn")
+    return lambda Wx, R, b: scan(Wx, R, b, function="slstm", backend=backend)[0][0]
+
+
+def flashrnn_inputs(x: Inputs) -> Inputs:
+    B, T, H, _, D = x["gates"].shape
+    return {"Wx": normal(B, T, 4, H, D), "R": normal(4, H, D, D) / D**0.5, "b": normal(4, H, D)}
+
+
+def lstm_inputs(x: Inputs) -> Inputs:
+    B, T, H, _, D = x["gates"].shape
+    width = H * D
+    return {"x": normal(B, T, width), "lstm": torch.nn.LSTM(width, width, batch_first=True, device=DEVICE, dtype=DTYPE)}
 
 
 STEP_OPTIONS = {"mask": None, "input_gate": "exp", "gate_soft_cap": None, "eps": EPS}
@@ -202,6 +234,14 @@ HEAD_NORM = (
     Implementation("formula", "torch", lambda: head_norm),
     Implementation("formula-compiled", "torch", lambda: torch.compile(head_norm, dynamic=False)),
 )  # fmt: skip
+SLSTM = (
+    Implementation(OURS, OURS, lambda: imported(OURS, "slstm_scan", backend="triton")),
+    Implementation("cuda", "flashrnn", lambda: flashrnn("cuda"), flashrnn_inputs),
+    Implementation(
+        "cuDNN LSTM", "torch", lambda: lambda x, lstm: lstm(x)[0], lstm_inputs,
+        "dense, and with the product of its inputs; no gradients of weights",
+    ),
+)  # fmt: skip
 SHAPES = (
     Shape("7B", 4, 8192, 8, 256, 512),
     Shape("7B-2k", 16, 2048, 8, 256, 512),
@@ -210,6 +250,14 @@ SHAPES = (
 )
 LONG = (Shape("128k", 1, 131072, 8, 256, 512), Shape("1M", 1, 1048576, 8, 256, 512, optional=True))
 TOKENS = (Shape("7B-1-token", 1, 1, 8, 256, 512), Shape("7B-32-tokens", 32, 1, 8, 256, 512))
+SCANS = (
+    Shape("4x192", 16, 1024, 4, 192, 192),
+    Shape("4x256", 16, 1024, 4, 256, 256),
+    Shape("4x128-2k", 16, 2048, 4, 128, 128),
+    Shape("12x64", 8, 1024, 12, 64, 64),
+    Shape("1x768", 16, 1024, 1, 768, 768),
+    Shape("4x256-64", 64, 1024, 4, 256, 256),
+)
 FORWARD = Op(
     "mlstm forward", "h of whole sequences", ("tests/test_mlstm_triton.py",), SHAPES + LONG, CHUNKWISE,
     lambda s: mlstm_inputs(s, s.T), chunkwise_traffic, chunkwise_flops,
@@ -222,6 +270,10 @@ TRAINING = FORWARD._replace(
     flops=lambda s: 3 * chunkwise_flops(s),
     backward=True,
 )
+SCAN = Op(
+    "slstm forward", "h of whole sequences", ("tests/test_slstm_triton.py",), SCANS, SLSTM,
+    slstm_inputs, slstm_traffic, slstm_flops,
+)  # fmt: skip
 OPS = (
     FORWARD,
     TRAINING,
@@ -239,6 +291,14 @@ OPS = (
         ("tests/test_head_norm_triton.py",), SHAPES[:2], HEAD_NORM,
         lambda s: {"h": normal(s.B, s.T, s.H, s.V), "o": normal(s.B, s.T, s.H * s.V), "weight": normal(s.H * s.V)},
         lambda s: 2 * s.H * s.V * (3 * s.B * s.T + 1), lambda s: 0,  # h, o, y and weight
+    ),
+    SCAN,
+    SCAN._replace(
+        name="slstm forward + backward",
+        computes="h of whole sequences and the gradients of gates and recurrent weights",
+        traffic=partial(slstm_traffic, backward=True),
+        flops=lambda s: 3 * slstm_flops(s),
+        backward=True,
     ),
 )  # fmt: skip
 
@@ -302,7 +362,7 @@ def prepared(op: Op, shape: Shape, implementation: Implementation) -> Callable[[
     if not op.backward:
         return forward
     dh = torch.randn_like(forward()[0])
-    leaves = [t.requires_grad_() for t in x.values()]
+    leaves = [t.requires_grad_() for t in x.values() if isinstance(t, Tensor)]
 
     def forward_and_backward() -> list[Tensor]:
         h = tree_leaves(function(**x))[0]

@@ -36,8 +36,9 @@ class _Cut(NamedTuple):
     d_warps: int  # in the backward pass
 
 
-# for few rows, and for many; then those for heads so wide that a program could not have as much of the weights
-CUTS = (_Cut(16, 8, 4, 4), _Cut(32, 16, 8, 8), _Cut(8, 8, 4, 4))
+CUTS = _Cut(16, 8, 4, 4), _Cut(32, 16, 8, 8)  # for few rows, and for many
+NARROW = _Cut(8, 8, 4, 4), _Cut(8, 4, 4, 4)  # for weights of which no program could have as much
+SPARE_MEMORY = 16 << 10  # bytes for all else that a program has there
 WHOLE = 64  # channels of a head that are not cut
 INTERPRETED_WHOLE = 128  # on a CPU, where programs run one after the other and cannot wait
 
@@ -51,13 +52,13 @@ def _cuts(D: int, dtype: torch.dtype, device: torch.device) -> list[_Cut]:
     whole = WHOLE if device.type == "cuda" else INTERPRETED_WHOLE
     if whole >= D:
         return [_Cut(_padded(D), 8, 8 if D > 32 else 4, 4)]
-    fit = []
-    for cut in CUTS:
+
+    def fits(cut: _Cut) -> bool:
         weights, exchanged = (4 * size * _padded(D) * dtype.itemsize for size in (cut.DS, cut.BB))
-        room = shared_memory(device) - weights - exchanged - (16 << 10)
-        if room > 0 and blocks_of(D, cut.DS) <= processors(device):
-            fit.append(cut)
-    return fit
+        in_memory = weights + exchanged + SPARE_MEMORY <= shared_memory(device)
+        return in_memory and blocks_of(D, cut.DS) <= processors(device)
+
+    return list(filter(fits, CUTS)) or list(filter(fits, NARROW))[:1]
 
 
 def obstacle(D: int, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -75,7 +76,7 @@ _compiled: set[tuple] = set()  # for which kinds of arguments, all that Triton t
 def _launch(kernel, arguments, D, H, rows, T, packed, dtype, device, backward, **constants) -> None:
     """Launches a kernel for all heads and rows. Both ways to cut are compiled at the first call, so that no batch size
     is the first to need one."""
-    cuts = _cuts(D, dtype, device)[:2]
+    cuts = _cuts(D, dtype, device)
     groups = [H * blocks_of(rows, cut.BB) for cut in cuts]
     parts = [blocks_of(D, cut.DS) for cut in cuts]
     chosen = 0 if groups[0] * parts[0] <= processors(device) else len(cuts) - 1

@@ -64,6 +64,11 @@ def test_bytes_and_flops_are_those_counted_by_hand():
     assert OP["mlstm step"].flops(SMALL) == 2 * (2 * 32 + 2 * 32)
     assert OP["gated head norm"].traffic(SMALL) == 3 * (tokens * 8 * 2) + 16 * 2 == 320
     assert OP["gated head norm"].flops(SMALL) == 0
+    gates, R, h = 1 * 3 * 2 * 4 * 4 * 2, 2 * 4 * 4 * 4 * 2, tokens * 4 * 2
+    assert OP["slstm forward"].traffic(SMALL) == gates + R + h == 496
+    assert OP["slstm forward + backward"].traffic(SMALL) == 496 + 2 * (gates + R) + h == 1440
+    assert OP["slstm forward"].flops(SMALL) == tokens * 4 * 2 * 16
+    assert OP["slstm forward + backward"].flops(SMALL) == 3 * tokens * 4 * 2 * 16
 
 
 @pytest.mark.parametrize("op", ["mlstm forward", "mlstm step", "mlstm gated step", "gated head norm"])
@@ -111,6 +116,14 @@ def test_a_peer_runs_in_a_layout_of_its_own(op, cpu):
     assert [grad.shape for grad in grads] == ([h.shape] * 3 if OP[op].backward else [])
 
 
+@pytest.mark.parametrize("op", ["slstm forward", "slstm forward + backward"])
+def test_an_lstm_runs_as_a_module(op, cpu):
+    (lstm,) = (peer for peer in OP[op].implementations if peer.name == "cuDNN LSTM")
+    h, *grads = ops.prepared(OP[op], ops.Shape("small", B=2, T=5, H=2, K=8, V=8), lstm)()
+    assert h.shape == (2, 5, 16)
+    assert [grad.shape for grad in grads] == ([h.shape] if OP[op].backward else [])
+
+
 def test_the_formula_of_the_head_norm_is_right(cpu):
     (formula,) = (peer for peer in OP["gated head norm"].implementations if peer.name == "formula")
     x = {name: t.double() for name, t in OP["gated head norm"].inputs(SMALL).items()}
@@ -127,13 +140,14 @@ def test_the_module_imports_no_peer_and_no_triton():
 
 
 def test_inputs_fit_our_ops(cpu):
-    from modeling_xlstm import MLSTMState, mlstm_chunkwise, mlstm_step
+    from modeling_xlstm import MLSTMState, mlstm_chunkwise, mlstm_step, slstm_scan
 
     h, _ = mlstm_chunkwise(**OP["mlstm forward"].inputs(SMALL))
     assert h.shape == (1, 3, 2, 8)
     x = OP["mlstm step"].inputs(SMALL)
     state = MLSTMState(*(x.pop(name) for name in MLSTMState._fields))
     assert mlstm_step(**x, state=state)[0].shape == (1, 2, 8)
+    assert slstm_scan(**OP["slstm forward"].inputs(SMALL))[0].shape == (1, 3, 2, 4)
 
 
 def test_a_process_that_ends_is_a_sentence_and_the_next_one_works():
