@@ -81,7 +81,7 @@ class XLSTMConfig(PreTrainedConfig):
         add_out_norm (`bool`, *optional*, defaults to `True`): Normalise after the last block.
         dropout (`float`, *optional*, defaults to 0.0): Dropout on what each mixer and feed-forward adds to the stream.
         chunk_size (`int`, *optional*, defaults to 64): Chunk length of the mLSTM cell; changes speed, not results.
-        backend (`str`, *optional*, defaults to `"auto"`): Kernels: `"torch"`, `"triton"` (the mLSTM only, on a GPU) or
+        backend (`str`, *optional*, defaults to `"auto"`): Kernels: `"torch"`, `"triton"` (on a GPU) or
             `"auto"`, which is Triton where it can run.
         context_length (`int`, *optional*): Length of the texts that the model was trained on. Not a limit.
         keep_gates_in_fp32 (`bool`, *optional*, defaults to `True`):

@@ -10,9 +10,9 @@ just one way through the L2 cache in a step. Results do not depend on who comes 
 Programs that wait for each other must all be running: a cooperative launch does not start otherwise, but raises, and
 `obstacle` says beforehand what cannot be served. More rows than fit go in several launches.
 
-h is rounded to the dtype of the gates before it is multiplied with the recurrent weights, which are rounded to it too,
-and so are gradients of gates before they go back through these. The gradient of the weights is one product over all
-tokens, after the scan.
+Products with the recurrent weights are in the dtype of fewer bits, that of the gates or that of the weights: h is
+rounded to it before it is multiplied, and so are gradients of gates before they go back through the weights. All else
+is in float32. The gradient of the weights is one product over all tokens, after the scan.
 
 Dims: `B` batch `T` time `H` heads `D` head dim `N` rows of the state. Letters are those of `slstm_torch`.
 """
@@ -61,6 +61,11 @@ def _cuts(D: int, dtype: torch.dtype, device: torch.device) -> list[_Cut]:
     return list(filter(fits, CUTS)) or list(filter(fits, NARROW))[:1]
 
 
+def product_dtype(gates: Tensor, R: Tensor) -> torch.dtype:
+    """In which R and h are multiplied."""
+    return R.dtype if gates.dtype == torch.float32 and R.dtype.itemsize == 2 else gates.dtype
+
+
 def obstacle(D: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why heads of D channels cannot be served on a device, if so."""
     if _cuts(D, dtype, device):
@@ -73,14 +78,14 @@ def obstacle(D: int, dtype: torch.dtype, device: torch.device) -> str | None:
 _compiled: set[tuple] = set()  # for which kinds of arguments, all that Triton tells apart
 
 
-def _launch(kernel, arguments, D, H, rows, T, packed, dtype, device, backward, **constants) -> None:
+def _launch(kernel, arguments, D, H, rows, T, packed, dtype, factor, device, backward, **constants) -> None:
     """Launches a kernel for all heads and rows. Both ways to cut are compiled at the first call, so that no batch size
     is the first to need one."""
-    cuts = _cuts(D, dtype, device)
+    cuts = _cuts(D, factor, device)
     groups = [H * blocks_of(rows, cut.BB) for cut in cuts]
     parts = [blocks_of(D, cut.DS) for cut in cuts]
     chosen = 0 if groups[0] * parts[0] <= processors(device) else len(cuts) - 1
-    kind = (kernel.fn.__name__, device, dtype, D, H, packed, *constants.items())
+    kind = (kernel.fn.__name__, device, dtype, factor, D, H, packed, *constants.items())
     for i, cut in enumerate(cuts):
         if i != chosen and kind in _compiled:
             continue
@@ -109,9 +114,14 @@ def slstm_scan(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """h `[B, T, H, D]` in the dtype of gates; the final h, c, n, m; and, if `keep`, what the backward pass needs: the
     pre-activations `[B, T, H, 4, D]` and c, n, m before each step `[B, T, H, 3, D]`, both in float32, and h before
-    each step in the dtype of gates."""
+    each step as it was multiplied."""
+    return _forward(gates, R, h, c, n, m, mask, cu_seqlens, keep)
+
+
+def _forward(gates, R, h, c, n, m, mask, cu_seqlens, keep):
     B, T, H, _, D = gates.shape
-    y, pre, before, h_before = _results(gates, h, keep)
+    y, pre, before, h_before = _results(gates, R, h, keep)
+    weights = R.to(product_dtype(gates, R)).contiguous()
     last = _states(h)
     first = (x.contiguous() for x in (h, c, n, m))
     mask = None if mask is None else mask.contiguous()
@@ -121,8 +131,8 @@ def slstm_scan(
             y = _exchanged(gates, B, T, H, D)
         _launch(
             slstm_fwd_kernel,
-            (gates.contiguous(), R.to(gates.dtype).contiguous(), *first, mask, bounds, y, *last, pre, before, h_before),
-            D, H, h.shape[0], T, bounds is not None, gates.dtype, gates.device, False,
+            (gates.contiguous(), weights, *first, mask, bounds, y, *last, pre, before, h_before),
+            D, H, h.shape[0], T, bounds is not None, gates.dtype, weights.dtype, gates.device, False,
             KEEP=keep, HAS_MASK=mask is not None,
         )  # fmt: skip
     return y, *last, pre, before, h_before
@@ -133,31 +143,36 @@ def _states(h: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return h.new_empty(h.shape), h.new_empty(h.shape), h.new_empty(h.shape), h.new_empty(h.shape)
 
 
-def _results(gates: Tensor, h: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _results(gates: Tensor, R: Tensor, h: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Room for y, and for what is kept."""
     B, T, H, _, D = gates.shape
     y = gates.new_empty(B, T, H, D)
     if not keep:
-        return y, h.new_empty(0), h.new_empty(0), gates.new_empty(0)
-    return y, h.new_empty(B, T, H, 4, D), h.new_empty(B, T, H, 3, D), torch.empty_like(y)
+        return y, h.new_empty(0), h.new_empty(0), y.new_empty(0)
+    h_before = torch.empty_like(y, dtype=product_dtype(gates, R))
+    return y, h.new_empty(B, T, H, 4, D), h.new_empty(B, T, H, 3, D), h_before
 
 
 @slstm_scan.register_fake
 def _(gates, R, h, c, n, m, mask, cu_seqlens, keep):
-    y, pre, before, h_before = _results(gates, h, keep)
+    y, pre, before, h_before = _results(gates, R, h, keep)
     return y, *_states(h), pre, before, h_before
 
 
 @torch.library.custom_op("modeling_xlstm::slstm_scan_triton_backward", mutates_args=())
-def _slstm_scan_backward(
+def slstm_scan_backward(
     dy: Tensor, dh: Tensor, dc: Tensor, dn: Tensor, dm: Tensor, R: Tensor, c: Tensor, n: Tensor, m: Tensor,
     mask: Tensor | None, cu_seqlens: Tensor | None, pre: Tensor, before: Tensor, h_before: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of `slstm_scan`, of gates, R and the initial state; c, n, m are the final ones."""
+    return _backward_pass(dy, dh, dc, dn, dm, R, c, n, m, mask, cu_seqlens, pre, before, h_before)
+
+
+def _backward_pass(dy, dh, dc, dn, dm, R, c, n, m, mask, cu_seqlens, pre, before, h_before):
     B, T, H, D = dy.shape
     bounds = None if cu_seqlens is None else rising(cu_seqlens, T)
     mask = None if mask is None else mask.contiguous()
-    weights = R.to(dy.dtype).contiguous()
+    weights = R.to(h_before.dtype).contiguous()
     with torch.cuda.device_of(dy):
         d_gates = _exchanged(dy, B, T, H, 4, D) if D > WHOLE else dy.new_empty(B, T, H, 4, D)
         first = _states(dh)
@@ -165,20 +180,21 @@ def _slstm_scan_backward(
         _launch(
             slstm_bwd_kernel,
             (dy.contiguous(), *d_last, weights, c, n, m, mask, bounds, pre, before, d_gates, *first),
-            D, H, dh.shape[0], T, bounds is not None, dy.dtype, dy.device, True, HAS_MASK=mask is not None,
+            D, H, dh.shape[0], T, bounds is not None, dy.dtype, weights.dtype, dy.device, True,
+            HAS_MASK=mask is not None,
         )  # fmt: skip
     return d_gates, _product(d_gates, h_before, R), *first
 
 
 def _product(d_gates: Tensor, h_before: Tensor, R: Tensor) -> Tensor:
     """The gradient of R, a sum over all tokens that is rounded once."""
-    x, y = d_gates.flatten(3).flatten(0, 1).permute(1, 2, 0), h_before.flatten(0, 1).transpose(0, 1)
+    x, y = d_gates.to(h_before.dtype).flatten(3).flatten(0, 1).permute(1, 2, 0), h_before.flatten(0, 1).transpose(0, 1)
     if R.dtype != x.dtype and x.is_cuda:
         return torch.bmm(x, y, out_dtype=torch.float32).to(R.dtype).view(R.shape)
     return torch.bmm(x, y).to(R.dtype).view(R.shape)
 
 
-@_slstm_scan_backward.register_fake
+@slstm_scan_backward.register_fake
 def _(dy, dh, dc, dn, dm, R, c, n, m, mask, cu_seqlens, pre, before, h_before):
     B, T, H, D = dy.shape
     return dy.new_empty(B, T, H, 4, D), R.new_empty(R.shape), *_states(dh)
@@ -188,14 +204,18 @@ def _setup_context(ctx, inputs, output):
     _, R, _, _, _, _, mask, cu_seqlens, keep = inputs
     if not keep:
         raise RuntimeError("slstm_scan must keep its activations to be differentiated, got keep=False.")
-    _, _, *last_and_kept = output
+    y, _, *last_and_kept = output
+    ctx.dtype = y.dtype
+    ctx.set_materialize_grads(False)  # of what is kept they would be as large as that
     ctx.save_for_backward(R, mask, cu_seqlens, *last_and_kept)
 
 
 def _backward(ctx, dy, dh, dc, dn, dm, *_):
-    R, mask, cu_seqlens, c, n, m, *kept = ctx.saved_tensors
-    with full_precision(dy.device):
-        grads = _slstm_scan_backward(dy, dh, dc, dn, dm, R, c, n, m, mask, cu_seqlens, *kept)
+    R, mask, cu_seqlens, c, n, m, pre, before, h_before = ctx.saved_tensors
+    dy = h_before.new_zeros(h_before.shape, dtype=ctx.dtype) if dy is None else dy
+    dh, dc, dn, dm = (torch.zeros_like(c) if x is None else x for x in (dh, dc, dn, dm))
+    with full_precision(R.device):
+        grads = slstm_scan_backward(dy, dh, dc, dn, dm, R, c, n, m, mask, cu_seqlens, pre, before, h_before)
     return *grads, None, None, None
 
 

@@ -1,7 +1,7 @@
 """Triton kernels of the sLSTM over whole sequences; `slstm_triton` says how programs work together, and launches them.
 
-Products accumulate in float32, in which everything else is computed too. Float32 inputs are for exactness: products
-run without tensor cores, a few terms at a time, and all else is computed in float64 and rounded for what is stored.
+Products accumulate in float32, in which everything else is computed too. Weights in float32 are for exactness:
+products run without tensor cores, a few terms at a time, and all else is in float64 and rounded for what is stored.
 
 Dims and letters as in `slstm_triton`. `i_` program or loop index, `o_` offsets, `in_` masks. Tiles of a program are
 `[DS, BB]`, channels of all rows; products have the gates of channels, `[4 DS, DK]`, on the left.
@@ -73,7 +73,8 @@ def slstm_fwd_kernel(
     PARTS: tl.constexpr = (D + DS - 1) // DS
     dtype: tl.constexpr = y.dtype.element_ty
     BITS: tl.constexpr = tl.int32 if dtype == tl.float32 else tl.int16
-    EXACT: tl.constexpr = dtype == tl.float32
+    factor: tl.constexpr = R.dtype.element_ty  # of products
+    EXACT: tl.constexpr = factor == tl.float32
     real_dtype: tl.constexpr = tl.float64 if EXACT else tl.float32
     SUMMED: tl.constexpr = min(DK, 32)  # terms of a sum in float32
     SUMS: tl.constexpr = DK // SUMMED
@@ -96,8 +97,8 @@ def slstm_fwd_kernel(
     c = tl.load(c_first + at + o_d[:, None], mask=in_d & in_b, other=0.0).to(real_dtype)
     n = tl.load(n_first + at + o_d[:, None], mask=in_d & in_b, other=0.0).to(real_dtype)
     m = tl.load(m_first + at + o_d[:, None], mask=in_d & in_b, other=0.0).to(real_dtype)
-    h_in = _stored(tl.load(h_first + at + o_k[:, None], mask=in_k & in_b, other=0.0), dtype)
-    h_in_bits = h_in.to(BITS, bitcast=True)
+    h_whole = _stored(tl.load(h_first + at + o_k[:, None], mask=in_k & in_b, other=0.0), dtype)
+    h_in, h_first_bits = h_whole.to(factor), h_whole.to(BITS, bitcast=True)
     start, length, steps = _sequences(o_b, bounds, rows, T, PACKED)
     token = (start * H + i_h)[None, :]  # of the arrays `[tokens, H, ...]`
     x = tl.load(gates + token * (4 * D) + o_4d[:, None], mask=in_4d[:, None] & (length > 0)[None, :], other=0.0)
@@ -105,7 +106,7 @@ def slstm_fwd_kernel(
         if PARTS > 1:
             came_before = in_k & (t - 1 < tl.where(t > 0, length, -1))[None, :]
             at_h = y.to(tl.pointer_type(BITS)) + (token - H) * D + o_k[:, None]
-            h_in = _arrived(at_h, came_before, h_in_bits).to(dtype, bitcast=True)
+            h_in = _arrived(at_h, came_before, h_first_bits).to(dtype, bitcast=True).to(factor)
         if EXACT:
             products = tl.dot(weights, tl.reshape(h_in, [SUMS, SUMMED, BB]), input_precision="ieee")
             mixed = tl.sum(products.to(real_dtype), 0)
@@ -128,7 +129,7 @@ def slstm_fwd_kernel(
         h_out = _stored(h_new, dtype)
         tl.store(y + token * D + o_d[:, None], h_out, mask=inside)
         if PARTS == 1:
-            h_in = h_out
+            h_in = h_out.to(factor)
         if KEEP:
             tl.store(pre + token * (4 * D) + o_d[:, None], i, mask=inside)
             tl.store(pre + token * (4 * D) + (D + o_d)[:, None], f, mask=inside)
@@ -137,7 +138,7 @@ def slstm_fwd_kernel(
             tl.store(before + token * (3 * D) + o_d[:, None], c, mask=inside)
             tl.store(before + token * (3 * D) + (D + o_d)[:, None], n, mask=inside)
             tl.store(before + token * (3 * D) + (2 * D + o_d)[:, None], m, mask=inside)
-            tl.store(h_before + token * D + o_d[:, None], h.to(dtype), mask=inside)
+            tl.store(h_before + token * D + o_d[:, None], h.to(dtype).to(factor), mask=inside)
         h, c, n, m = h_new, tl.where(real, c_new, c), tl.where(real, n_new, n), tl.where(real, m_new, m)
         token += H
     tl.store(h_last + at + o_d[:, None], h, mask=in_d & in_b)
@@ -173,7 +174,8 @@ def slstm_bwd_kernel(
     PARTS: tl.constexpr = (D + DS - 1) // DS
     dtype: tl.constexpr = d_gates.dtype.element_ty
     BITS: tl.constexpr = tl.int32 if dtype == tl.float32 else tl.int16
-    EXACT: tl.constexpr = dtype == tl.float32
+    factor: tl.constexpr = R.dtype.element_ty  # of products
+    EXACT: tl.constexpr = factor == tl.float32
     real_dtype: tl.constexpr = tl.float64 if EXACT else tl.float32
     SUMMED: tl.constexpr = min(DK, 32)  # terms of a sum in float32
     SUMS: tl.constexpr = DK // SUMMED
@@ -199,7 +201,7 @@ def slstm_bwd_kernel(
     m = tl.load(m_last + at, mask=in_d & in_b, other=0.0).to(real_dtype)
     dm = tl.load(dm_last + at, mask=in_d & in_b, other=0.0) - dc * c - dn * n
     start, length, steps = _sequences(o_b, bounds, rows, T, PACKED)
-    d_in = tl.zeros([4, DK, BB], dtype)
+    d_in = tl.zeros([4, DK, BB], factor)
     token = ((start + steps - 1) * H + i_h)[None, :]
     dy_next, i_next, f_next, z_next, o_next, c_next, n_next, m_next = _kept(
         dy, pre, before, token, o_d, in_d & (steps - 1 < length)[None, :], D, real_dtype
@@ -229,7 +231,7 @@ def slstm_bwd_kernel(
             at_d = (
                 d_gates.to(tl.pointer_type(BITS)) + ((token + H) * (4 * D))[None, :, :] + o_4 * D + o_k[None, :, None]
             )
-            d_in = _arrived(at_d, came_after, 0).to(dtype, bitcast=True)
+            d_in = _arrived(at_d, came_after, 0).to(dtype, bitcast=True).to(factor)
         if EXACT:
             products = tl.dot(weights, tl.reshape(d_in, [4 * SUMS, SUMMED, BB]), input_precision="ieee")
             dh += tl.sum(products.to(real_dtype), 0)
@@ -250,7 +252,8 @@ def slstm_bwd_kernel(
         tl.store(d_gates + token * (4 * D) + (2 * D + o_d)[:, None], d_z, mask=inside)
         tl.store(d_gates + token * (4 * D) + (3 * D + o_d)[:, None], d_o, mask=inside)
         if PARTS == 1:
-            d_in = tl.permute(tl.reshape(tl.join(tl.join(d_i, d_z), tl.join(d_f, d_o)), [DS, BB, 4]), [2, 0, 1])
+            joined = tl.join(tl.join(d_i, d_z), tl.join(d_f, d_o)).to(factor)
+            d_in = tl.permute(tl.reshape(joined, [DS, BB, 4]), [2, 0, 1])
         dh = tl.where(real, 0.0, dh)
         dc, dn = tl.where(real, dc_new * decay, dc), tl.where(real, dn_new * decay, dn)
         dm = tl.where(real & ~by_state, 0.0, dm)

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from modeling_xlstm import mlstm_triton
+from modeling_xlstm import mlstm_triton, slstm_triton
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset")
@@ -39,12 +39,17 @@ def compiled(monkeypatch):
     monkeypatch.setattr(mlstm_triton, "shared_memory", lambda device: 232_448)
     monkeypatch.setattr(mlstm_triton, "processors", lambda device: 132)
     monkeypatch.setattr(mlstm_triton, "_compiled_states", set())
+    monkeypatch.setattr(slstm_triton, "shared_memory", lambda device: 232_448)
+    monkeypatch.setattr(slstm_triton, "processors", lambda device: 132)
+    monkeypatch.setattr(slstm_triton, "INTERPRETED_WHOLE", slstm_triton.WHOLE)
+    monkeypatch.setattr(slstm_triton, "_compiled", set())
     h100 = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", 90, 32),
         get_current_device=lambda: "an H100",
         get_current_stream=lambda device: 0,
     )
-    kernels = [x for name, x in vars(mlstm_triton).items() if name.endswith("_kernel")]
+    modules = vars(mlstm_triton) | vars(slstm_triton)
+    kernels = [x for name, x in modules.items() if name.endswith("_kernel")]
     monkeypatch.setattr(driver, "_active", h100)
     yield names
     for kernel in kernels:
@@ -92,3 +97,30 @@ def test_nothing_is_compiled_again_for_other_packed_sequences(compiled):
     for T in (1, 17, 513, 100_000):
         forward_and_backward(1, T, 2, 128, 256, packed=True)
         assert compiled == [], T
+
+
+def scan(B, T, H, D, rows=None):
+    """The launches of both passes of an sLSTM, for tensors without data; packed if there are rows."""
+
+    def tensor(*size, dtype=torch.bfloat16):
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    bounds = None if rows is None else tensor(rows + 1, dtype=torch.int32)
+    states = [tensor(B if rows is None else rows, H, D, dtype=torch.float32) for _ in range(4)]
+    R = tensor(H, 4, D, D)
+    y, *_, pre, before, h_before = slstm_triton._forward(tensor(B, T, H, 4, D), R, *states, None, bounds, True)
+    slstm_triton._backward_pass(y, *states, R, *states[1:], None, bounds, pre, before, h_before)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
+@pytest.mark.parametrize("H", [1, 2, 16])
+@pytest.mark.parametrize("D, count", [(24, 1), (64, 1), (72, 2), (256, 2), (1024, 1)])
+def test_no_scan_is_compiled_again_for_another_batch_or_length(compiled, D, count, H, packed):
+    rows = [1, 2, 16, 200] if packed else [None] * 4
+    scan(1, 16, H, D, rows[0])
+    assert sorted(compiled) == ["slstm_bwd_kernel"] * count + ["slstm_fwd_kernel"] * count
+    compiled.clear()
+    for T, n in zip((1, 17, 513, 100_000), rows, strict=True):
+        for B in (1,) if packed else (1, 2, 16, 200):
+            scan(B, T, H, D, n)
+            assert compiled == [], (B, T, n)

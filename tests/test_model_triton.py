@@ -8,7 +8,7 @@ from triton_device import DEVICE, GPU, needs_somewhere_to_run
 
 pytestmark = needs_somewhere_to_run
 
-KINDS = ["post_up", "pre_up"]
+KINDS = ["post_up", "pre_up", "pre_up_slstm"]
 
 
 def pair(kind, dtype=torch.float32):

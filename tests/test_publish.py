@@ -611,6 +611,8 @@ def test_the_code_of_a_checkpoint_asks_for_nothing_that_the_package_does_not_req
         "mlstm_triton_kernels.py",
         "mlstm_triton_step.py",
         "head_norm_triton.py",
+        "slstm_triton.py",
+        "slstm_triton_kernels.py",
         "triton_language.py",
     } <= names
     asked = {name for path in code_files() for name in get_imports(path)} - sys.stdlib_module_names

@@ -35,6 +35,7 @@ if RUN:
 
 # The interpreter has no products in bfloat16.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16) if GPU else (torch.float32, torch.float16)
+HALF = DTYPES[-1]
 # in one program, and cut, the last ones into parts that are not full
 WIDTHS = (8, 24, 64, 128, 192, 200) if GPU else (8, 24)
 WIDE = 192 if GPU else 24
@@ -74,19 +75,20 @@ def plain(x):
     return torch.stack(outputs, 1), SLSTMState(h, c, n, m)
 
 
-def results(x, dtype, way=lambda op: op):
-    """Outputs, final state and all gradients of the kernels, for inputs `x` in `dtype` that `way` feeds to an op, those
-    of the definition in float64, and the less exact of our PyTorch backend, which computes in float32, and plain
-    PyTorch. In half precision rounding may move the step that a stabiliser is from, and with it a gradient, so states
-    are compared by what they stand for."""
-    x, whole = rounded(x, dtype), way if dtype == torch.float32 else lambda op: unstabilised(way(op))
+def results(x, dtype, way=lambda op: op, weights=None):
+    """Outputs, final state and all gradients of the kernels, for inputs `x` in `dtype` (recurrent weights in that of
+    `weights`, if given) that `way` feeds to an op, those of the definition in float64, and the less exact of our
+    PyTorch backend, which computes in float32, and plain PyTorch. In half precision rounding may move the step that a
+    stabiliser is from, and with it a gradient, so states are compared by what they stand for."""
+    x = rounded(x, dtype) if weights is None else rounded(x, dtype) | {"R": x["R"].to(weights)}
+    whole = way if x["R"].dtype == torch.float32 else lambda op: unstabilised(way(op))
     oracle = outputs_and_grads(whole(on_torch), {name: t.double() for name, t in x.items()})
     actual, *baselines = (outputs_and_grads(whole(op), x) for op in (on_triton, on_torch, plain))
     return actual, oracle, least_exact(oracle, *baselines)
 
 
-def assert_correct(x, dtype, way=lambda op: op):
-    assert_each(assert_matches, *results(x, dtype, way))
+def assert_correct(x, dtype, way=lambda op: op, weights=None):
+    assert_each(assert_matches, *results(x, dtype, way, weights))
 
 
 def assert_those_of_pytorch(x, *ways):
@@ -221,6 +223,21 @@ def test_without_gradients_nothing_is_kept_and_results_are_the_same():
     assert h.requires_grad and not h_only.requires_grad
     assert torch.equal(h_only, h)
     assert all(map(torch.equal, final_only, final))
+
+
+@pytest.mark.parametrize("D", WIDTHS)
+def test_gates_in_float32_with_weights_in_half_precision_are_right(D):
+    """As in a model in half precision that keeps its gates in float32."""
+    assert_correct(inputs(5, 40 if GPU else 9, 2, D), torch.float32, weights=HALF)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_under_autocast_products_are_in_its_dtype():
+    x = rounded(inputs(5, 9, 2, WIDE), torch.float32)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        h, _ = on_triton(x)
+    assert h.dtype == torch.float32
+    assert torch.equal(h, on_triton(x | {"R": x["R"].bfloat16()})[0])
 
 
 @pytest.mark.parametrize("dtype", [t for t in DTYPES if t != torch.float32])
