@@ -39,7 +39,7 @@ class _Cut(NamedTuple):
 CUTS = _Cut(16, 8, 4, 4), _Cut(32, 16, 8, 8)  # for few rows, and for many
 NARROW = _Cut(8, 8, 4, 4), _Cut(8, 4, 4, 4)  # for weights of which no program could have as much
 SPARE_MEMORY = 16 << 10  # bytes for all else that a program has there
-WHOLE = 64  # channels of a head that are not cut
+WHOLE, WHOLE_IN_FLOAT32 = 64, 32  # channels of a head that are not cut
 INTERPRETED_WHOLE = 128  # on a CPU, where programs run one after the other and cannot wait
 
 
@@ -47,10 +47,15 @@ def _padded(D: int) -> int:
     return max(16, power_of_2(D))
 
 
+def _is_whole(D: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a head is one program."""
+    most = WHOLE_IN_FLOAT32 if dtype == torch.float32 else WHOLE
+    return (INTERPRETED_WHOLE if device.type == "cpu" else most) >= D
+
+
 def _cuts(D: int, dtype: torch.dtype, device: torch.device) -> list[_Cut]:
-    """What fits on a device, best first."""
-    whole = WHOLE if device.type == "cuda" else INTERPRETED_WHOLE
-    if whole >= D:
+    """What fits on a device for products in a dtype: one way, or one for few rows and one for many."""
+    if _is_whole(D, dtype, device):
         return [_Cut(_padded(D), 8, 8 if D > 32 else 4, 4)]
 
     def fits(cut: _Cut) -> bool:
@@ -58,7 +63,7 @@ def _cuts(D: int, dtype: torch.dtype, device: torch.device) -> list[_Cut]:
         in_memory = weights + exchanged + SPARE_MEMORY <= shared_memory(device)
         return in_memory and blocks_of(D, cut.DS) <= processors(device)
 
-    return list(filter(fits, CUTS)) or list(filter(fits, NARROW))[:1]
+    return list(filter(fits, CUTS[:1] if dtype == torch.float32 else CUTS)) or list(filter(fits, NARROW))[:1]
 
 
 def product_dtype(gates: Tensor, R: Tensor) -> torch.dtype:
@@ -100,11 +105,9 @@ def _launch(kernel, arguments, D, H, rows, T, packed, dtype, factor, device, bac
     _compiled.add(kind)
 
 
-def _exchanged(x: Tensor, *size: int) -> Tensor:
-    """Memory that programs exchange numbers of a head through, which is unwritten yet."""
-    y = x.new_empty(size)
-    y.view(torch.int32 if y.dtype == torch.float32 else torch.int16).fill_(UNWRITTEN.value)
-    return y
+def _clear(x: Tensor) -> None:
+    """Makes memory that programs exchange numbers through unwritten."""
+    x.view(torch.int32 if x.dtype == torch.float32 else torch.int16).fill_(UNWRITTEN.value)
 
 
 @torch.library.custom_op("modeling_xlstm::slstm_scan_triton", mutates_args=())
@@ -127,8 +130,8 @@ def _forward(gates, R, h, c, n, m, mask, cu_seqlens, keep):
     mask = None if mask is None else mask.contiguous()
     bounds = None if cu_seqlens is None else rising(cu_seqlens, T)
     with torch.cuda.device_of(gates):
-        if D > WHOLE and T > 1:
-            y = _exchanged(gates, B, T, H, D)
+        if T > 1 and not _is_whole(D, weights.dtype, gates.device):
+            _clear(y)
         _launch(
             slstm_fwd_kernel,
             (gates.contiguous(), weights, *first, mask, bounds, y, *last, pre, before, h_before),
@@ -174,21 +177,24 @@ def _backward_pass(dy, dh, dc, dn, dm, R, c, n, m, mask, cu_seqlens, pre, before
     mask = None if mask is None else mask.contiguous()
     weights = R.to(h_before.dtype).contiguous()
     with torch.cuda.device_of(dy):
-        d_gates = _exchanged(dy, B, T, H, 4, D) if D > WHOLE else dy.new_empty(B, T, H, 4, D)
+        d_gates = dy.new_empty(B, T, H, 4, D)
+        exchanged = d_gates if dy.dtype == weights.dtype else torch.empty_like(d_gates, dtype=weights.dtype)
+        if not _is_whole(D, weights.dtype, dy.device):
+            _clear(exchanged)
         first = _states(dh)
         d_last = (x.contiguous() for x in (dh, dc, dn, dm))
         _launch(
             slstm_bwd_kernel,
-            (dy.contiguous(), *d_last, weights, c, n, m, mask, bounds, pre, before, d_gates, *first),
+            (dy.contiguous(), *d_last, weights, c, n, m, mask, bounds, pre, before, d_gates, exchanged, *first),
             D, H, dh.shape[0], T, bounds is not None, dy.dtype, weights.dtype, dy.device, True,
             HAS_MASK=mask is not None,
         )  # fmt: skip
-    return d_gates, _product(d_gates, h_before, R), *first
+    return d_gates, _product(exchanged, h_before, R), *first
 
 
 def _product(d_gates: Tensor, h_before: Tensor, R: Tensor) -> Tensor:
     """The gradient of R, a sum over all tokens that is rounded once."""
-    x, y = d_gates.to(h_before.dtype).flatten(3).flatten(0, 1).permute(1, 2, 0), h_before.flatten(0, 1).transpose(0, 1)
+    x, y = d_gates.flatten(3).flatten(0, 1).permute(1, 2, 0), h_before.flatten(0, 1).transpose(0, 1)
     if R.dtype != x.dtype and x.is_cuda:
         return torch.bmm(x, y, out_dtype=torch.float32).to(R.dtype).view(R.shape)
     return torch.bmm(x, y).to(R.dtype).view(R.shape)

@@ -37,6 +37,15 @@ def _stored(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def _store_four(x, o_d, i, f, z, o, inside, D: tl.constexpr):
+    """Stores numbers of the four gates of a token, at x."""
+    tl.store(x + o_d[:, None], i, mask=inside)
+    tl.store(x + (D + o_d)[:, None], f, mask=inside)
+    tl.store(x + (2 * D + o_d)[:, None], z, mask=inside)
+    tl.store(x + (3 * D + o_d)[:, None], o, mask=inside)
+
+
+@triton.jit
 def _arrived(x, mask, other):
     """What other programs store in these places, as soon as all of it is there. The numbers tell by themselves, so
     that no order of stores matters; volatile loads are not served by a cache that other programs do not write to."""
@@ -131,10 +140,7 @@ def slstm_fwd_kernel(
         if PARTS == 1:
             h_in = h_out.to(factor)
         if KEEP:
-            tl.store(pre + token * (4 * D) + o_d[:, None], i, mask=inside)
-            tl.store(pre + token * (4 * D) + (D + o_d)[:, None], f, mask=inside)
-            tl.store(pre + token * (4 * D) + (2 * D + o_d)[:, None], z, mask=inside)
-            tl.store(pre + token * (4 * D) + (3 * D + o_d)[:, None], o, mask=inside)
+            _store_four(pre + token * (4 * D), o_d, i, f, z, o, inside, D)
             tl.store(before + token * (3 * D) + o_d[:, None], c, mask=inside)
             tl.store(before + token * (3 * D) + (D + o_d)[:, None], n, mask=inside)
             tl.store(before + token * (3 * D) + (2 * D + o_d)[:, None], m, mask=inside)
@@ -165,16 +171,17 @@ def _kept(dy, pre, before, token, o_d, inside, D: tl.constexpr, real_dtype: tl.c
 @triton.jit(do_not_specialize=SIZES)
 def slstm_bwd_kernel(
     dy, dh_last, dc_last, dn_last, dm_last, R, c_last, n_last, m_last, mask, bounds, pre, before,
-    d_gates, dh_first, dc_first, dn_first, dm_first, first, rows, T, H,
+    d_gates, exchanged, dh_first, dc_first, dn_first, dm_first, first, rows, T, H,
     D: tl.constexpr, DK: tl.constexpr, DS: tl.constexpr, BB: tl.constexpr,
     HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of gates and of the initial state, from the last step to the first. h does not depend on the
-    stabiliser, so m carries a gradient only from a loss on the final state, to the gate that set it."""
+    stabiliser, so m carries a gradient only from a loss on the final state, to the gate that set it. `exchanged` has
+    gradients of gates as they are multiplied: `d_gates`, unless that has another dtype."""
     PARTS: tl.constexpr = (D + DS - 1) // DS
     dtype: tl.constexpr = d_gates.dtype.element_ty
-    BITS: tl.constexpr = tl.int32 if dtype == tl.float32 else tl.int16
     factor: tl.constexpr = R.dtype.element_ty  # of products
+    BITS: tl.constexpr = tl.int32 if factor == tl.float32 else tl.int16
     EXACT: tl.constexpr = factor == tl.float32
     real_dtype: tl.constexpr = tl.float64 if EXACT else tl.float32
     SUMMED: tl.constexpr = min(DK, 32)  # terms of a sum in float32
@@ -229,9 +236,9 @@ def slstm_bwd_kernel(
         if PARTS > 1:
             came_after = in_k & (t + 1 < length)[None, None, :]
             at_d = (
-                d_gates.to(tl.pointer_type(BITS)) + ((token + H) * (4 * D))[None, :, :] + o_4 * D + o_k[None, :, None]
+                exchanged.to(tl.pointer_type(BITS)) + ((token + H) * (4 * D))[None, :, :] + o_4 * D + o_k[None, :, None]
             )
-            d_in = _arrived(at_d, came_after, 0).to(dtype, bitcast=True).to(factor)
+            d_in = _arrived(at_d, came_after, 0).to(factor, bitcast=True)
         if EXACT:
             products = tl.dot(weights, tl.reshape(d_in, [4 * SUMS, SUMMED, BB]), input_precision="ieee")
             dh += tl.sum(products.to(real_dtype), 0)
@@ -247,12 +254,12 @@ def slstm_bwd_kernel(
         d_o = o * (1 - o) * ratio * dh
         d_i, d_f = _stored(tl.where(real, d_i, 0.0), dtype), _stored(tl.where(real, d_f, 0.0), dtype)
         d_z, d_o = _stored(tl.where(real, d_z, 0.0), dtype), _stored(tl.where(real, d_o, 0.0), dtype)
-        tl.store(d_gates + token * (4 * D) + o_d[:, None], d_i, mask=inside)
-        tl.store(d_gates + token * (4 * D) + (D + o_d)[:, None], d_f, mask=inside)
-        tl.store(d_gates + token * (4 * D) + (2 * D + o_d)[:, None], d_z, mask=inside)
-        tl.store(d_gates + token * (4 * D) + (3 * D + o_d)[:, None], d_o, mask=inside)
+        g_i, g_f, g_z, g_o = d_i.to(factor), d_f.to(factor), d_z.to(factor), d_o.to(factor)
+        _store_four(exchanged + token * (4 * D), o_d, g_i, g_f, g_z, g_o, inside, D)
+        if factor != dtype:
+            _store_four(d_gates + token * (4 * D), o_d, d_i, d_f, d_z, d_o, inside, D)
         if PARTS == 1:
-            joined = tl.join(tl.join(d_i, d_z), tl.join(d_f, d_o)).to(factor)
+            joined = tl.join(tl.join(g_i, g_z), tl.join(g_f, g_o))
             d_in = tl.permute(tl.reshape(joined, [DS, BB, 4]), [2, 0, 1])
         dh = tl.where(real, 0.0, dh)
         dc, dn = tl.where(real, dc_new * decay, dc), tl.where(real, dn_new * decay, dn)

@@ -41,7 +41,6 @@ def compiled(monkeypatch):
     monkeypatch.setattr(mlstm_triton, "_compiled_states", set())
     monkeypatch.setattr(slstm_triton, "shared_memory", lambda device: 232_448)
     monkeypatch.setattr(slstm_triton, "processors", lambda device: 132)
-    monkeypatch.setattr(slstm_triton, "INTERPRETED_WHOLE", slstm_triton.WHOLE)
     monkeypatch.setattr(slstm_triton, "_compiled", set())
     h100 = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", 90, 32),

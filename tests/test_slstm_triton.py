@@ -371,6 +371,17 @@ def test_heads_that_do_not_fit_are_refused_or_left_to_pytorch(backend, error):
             slstm_scan(gates, R, backend=backend)
 
 
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_programs_that_cannot_all_run_raise_instead_of_waiting(monkeypatch):
+    monkeypatch.setattr(slstm_triton, "processors", lambda device: 1 << 20)
+    x = rounded(inputs(2000, 2, 4, 192), torch.bfloat16)
+    with pytest.raises(RuntimeError, match="cooperative launch"):
+        on_triton(x)
+    monkeypatch.undo()
+    h, _ = on_triton(x)
+    assert h.isfinite().all()
+
+
 @pytest.mark.skipif(GPU, reason="about the interpreter")
 def test_the_interpreter_cannot_wait():
     with pytest.raises(NotImplementedError, match="interpreter runs heads of at most 128 channels, got 136"):
