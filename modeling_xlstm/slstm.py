@@ -33,7 +33,7 @@ def slstm_scan(
         gates: Input parts of the gate pre-activations, `W x + b`, `[B, T, H, 4, D]`, in the order i, f, z, o. A forget
             gate of minus infinity empties the state; input gates must be finite.
         R: Recurrent weights `[H, 4, D_out, D_in]`, any floating dtype: head h adds `R[h, g] @ h[t - 1]` to its gate g.
-            On Triton that product is in the dtype of gates or R that has fewer bits, and under autocast in its dtype;
+            On Triton that product is in the dtype of gates or R that has fewer bits, where autocast sets that of R;
             all else is in float32.
         state: State to start from, of batch B (N with `cu_seqlens`); zeros when omitted. Differentiable.
         mask: `[B, T]` bool, False at padded positions, which leave the whole state as it was; h repeats there.
@@ -56,14 +56,15 @@ def slstm_scan(
     B, T = gates.shape[:2]
     _check_inputs(gates, R)
     sequences = check_sequence(B, T, gates.device, mask, cu_seqlens)
-    backend = _resolve(backend, gates, R)
+    weights = _under_autocast(R)
+    backend = _resolve(backend, gates, weights)
     state = _check_state(state, gates, sequences)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (gates, R, *state))
-    scan = slstm_scan_triton if backend == "triton" else slstm_scan_torch
-    if backend == "triton" and torch.is_autocast_enabled(gates.device.type):
-        R = R.to(torch.get_autocast_dtype(gates.device.type))
     with full_precision(gates.device):
-        h, *last = scan(gates, R, *state, mask, cu_seqlens, keep)[:5]
+        if backend == "triton":
+            h, *last, _, _, _ = slstm_scan_triton(gates, weights, *state, mask, cu_seqlens, keep)
+        else:
+            h, *last, _, _ = slstm_scan_torch(gates, R, *state, mask, cu_seqlens, keep)
     return h, SLSTMState(*last)
 
 
@@ -92,7 +93,7 @@ def slstm_step(
     """
     check_float("gates", gates, "B H 4 D")
     _check_inputs(gates, R)
-    backend = _resolve(backend, gates, R)
+    backend = _resolve(backend, gates, _under_autocast(R))
     state = _check_state(state, gates, gates.shape[0])
     if mask is not None:
         check_like("mask", mask, gates.shape[:1], gates.device, (torch.bool,))
@@ -113,6 +114,12 @@ def _check_inputs(gates: Tensor, R: Tensor) -> None:
             f"gates must hold the 4 gates i, f, z, o in the axis before the last, got {tuple(gates.shape)}."
         )
     check_like("R", R, (H, 4, D, D), gates.device)
+
+
+def _under_autocast(R: Tensor) -> Tensor:
+    """R as a product takes it."""
+    device = R.device.type
+    return R.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else R
 
 
 def _resolve(backend: str, gates: Tensor, R: Tensor) -> str:

@@ -71,7 +71,7 @@ def _sequences(o_b, bounds, rows, T, PACKED: tl.constexpr):
 # kernels
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["mask"])
 def slstm_fwd_kernel(
     gates, R, h_first, c_first, n_first, m_first, mask, bounds, y, h_last, c_last, n_last, m_last,
     pre, before, h_before, first, rows, T, H,
@@ -168,7 +168,7 @@ def _kept(dy, pre, before, token, o_d, inside, D: tl.constexpr, real_dtype: tl.c
     )
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["mask"])
 def slstm_bwd_kernel(
     dy, dh_last, dc_last, dn_last, dm_last, R, c_last, n_last, m_last, mask, bounds, pre, before,
     d_gates, exchanged, dh_first, dc_first, dn_first, dm_first, first, rows, T, H,
@@ -210,8 +210,9 @@ def slstm_bwd_kernel(
     start, length, steps = _sequences(o_b, bounds, rows, T, PACKED)
     d_in = tl.zeros([4, DK, BB], factor)
     token = ((start + steps - 1) * H + i_h)[None, :]
+    comes = in_d & (steps - 1 < tl.where(steps > 0, length, -1))[None, :]
     dy_next, i_next, f_next, z_next, o_next, c_next, n_next, m_next = _kept(
-        dy, pre, before, token, o_d, in_d & (steps - 1 < length)[None, :], D, real_dtype
+        dy, pre, before, token, o_d, comes, D, real_dtype
     )
     for back in range(steps + 1):
         t = steps - 1 - back  # -1 at last, for the gradient of the initial h

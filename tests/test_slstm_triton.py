@@ -155,6 +155,13 @@ def test_packed_sequences_are_right():
     assert_those_of_pytorch(inputs(1, sum(PACKED), 2, WIDE, rows=len(PACKED)), packed)
 
 
+@pytest.mark.parametrize("lengths", [(5, *[0] * 12), (*[0] * 8, 5), (*[0] * 17, 3, 0, 7, *[0] * 16)])
+def test_packed_sequences_that_are_empty_have_the_gradients_of_their_state(lengths):
+    """Also where a program has nothing else."""
+    x = inputs(1, sum(lengths), 2, WIDE, rows=len(lengths))
+    assert_those_of_pytorch(x, partial(packed, lengths=lengths))
+
+
 @pytest.mark.parametrize("side", ["left", "right", "scattered"])
 def test_padding_is_right(side):
     mask = padding_mask(side).to(DEVICE)
