@@ -162,6 +162,16 @@ def test_packed_sequences_that_are_empty_have_the_gradients_of_their_state(lengt
     assert_those_of_pytorch(x, partial(packed, lengths=lengths))
 
 
+def test_arguments_of_other_kinds_do_as_well():
+    x = rounded(inputs(1, 9, 2, WIDE, rows=2), torch.float32)
+    bounds = torch.tensor([0, 4, 9], device=DEVICE)
+    assert torch.equal(*(on_triton(x, cu_seqlens=cu_seqlens)[0] for cu_seqlens in (bounds, bounds.int())))
+    x = rounded(inputs(3, 9, 2, WIDE), torch.float32)
+    assert torch.equal(*(on_triton(x | {"R": R})[0] for R in (x["R"], x["R"].double())))
+    mask = (torch.arange(9, device=DEVICE) > 3).expand(3, 9)
+    assert torch.equal(*(on_triton(x, mask=m)[0] for m in (mask, mask.contiguous())))
+
+
 @pytest.mark.parametrize("side", ["left", "right", "scattered"])
 def test_padding_is_right(side):
     mask = padding_mask(side).to(DEVICE)
