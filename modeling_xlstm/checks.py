@@ -14,6 +14,12 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def product_dtype(gates: torch.Tensor, R: torch.Tensor) -> torch.dtype:
+    """In which Triton's kernels multiply recurrent weights R and h: of gates and R the dtype of fewer bits, of half
+    precisions that of gates."""
+    return R.dtype if gates.dtype == torch.float32 and R.dtype.itemsize == 2 else gates.dtype
+
+
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
     """A context without autocast: what is computed inside keeps the dtypes that it is written in."""
     if torch.is_autocast_enabled(device.type):

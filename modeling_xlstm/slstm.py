@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .backends import HAS_TRITON, resolve
-from .checks import check_float, check_like, check_sequence, full_precision, state_dtype
+from .checks import check_float, check_like, check_sequence, full_precision, product_dtype, state_dtype
 from .slstm_torch import SLSTMState, hold_padding
 from .slstm_torch import slstm_scan as slstm_scan_torch
 from .slstm_torch import slstm_step as slstm_step_torch
@@ -123,8 +123,7 @@ def _under_autocast(R: Tensor) -> Tensor:
 
 
 def _resolve(backend: str, gates: Tensor, R: Tensor) -> str:
-    in_half_precision = gates.dtype == torch.float32 and R.dtype.itemsize == 2
-    return resolve(backend, R if in_half_precision else gates, "sLSTM")
+    return resolve(backend, R if product_dtype(gates, R) == R.dtype else gates, "sLSTM")
 
 
 def _check_state(state: SLSTMState | None, gates: Tensor, batch: int) -> SLSTMState:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import full_precision, rising
+from .checks import full_precision, product_dtype, rising
 from .slstm_triton_kernels import UNWRITTEN, slstm_bwd_kernel, slstm_fwd_kernel
 from .triton_language import blocks_of, power_of_2, processors, shared_memory
 
@@ -64,11 +64,6 @@ def _cuts(D: int, dtype: torch.dtype, device: torch.device) -> list[_Cut]:
         return in_memory and blocks_of(D, cut.DS) <= processors(device)
 
     return list(filter(fits, CUTS[:1] if dtype == torch.float32 else CUTS)) or list(filter(fits, NARROW))[:1]
-
-
-def product_dtype(gates: Tensor, R: Tensor) -> torch.dtype:
-    """In which R and h are multiplied."""
-    return R.dtype if gates.dtype == torch.float32 and R.dtype.itemsize == 2 else gates.dtype
 
 
 def obstacle(D: int, dtype: torch.dtype, device: torch.device) -> str | None:
