@@ -109,6 +109,11 @@ def gated_step_inputs(s: Shape) -> Inputs:
     return step_inputs(s) | {"ogate": normal(s.B, s.H * s.V), "weight": normal(s.H * s.V)}
 
 
+def with_time(x: Inputs) -> Inputs:
+    """Inputs of one step as those of a sequence of one; the state has no axis T."""
+    return {name: t if name in ("C", "n", "m", "weight") else t.unsqueeze(1) for name, t in x.items()}
+
+
 def chunkwise_traffic(s: Shape, backward: bool = False) -> int:
     """Forward q, k, v and gates are read and h is written; backward they and dh are read and gradients written."""
     inputs, h = s.B * s.T * s.H * (2 * (2 * s.K + s.V) + 2 * 4), s.B * s.T * s.H * s.V * 2
@@ -207,8 +212,8 @@ CHUNKWISE = (
 STEP = (
     Implementation(OURS, OURS, lambda: imported("modeling_xlstm.mlstm_triton_step", "mlstm_step", **STEP_OPTIONS)),
     Implementation(
-        f"{OURS} in place", OURS, lambda: imported("modeling_xlstm.mlstm_triton_step", "mlstm_step_", **STEP_OPTIONS),
-        lambda x: x | {"counter": torch.zeros_like(x["m"], dtype=torch.int32)},
+        f"{OURS} in place", OURS, lambda: imported("modeling_xlstm.mlstm_triton_step", "mlstm_steps_", **STEP_OPTIONS),
+        with_time,
     ),
     Implementation(
         "triton-step", "mlstm_kernels",
@@ -218,12 +223,8 @@ STEP = (
 )  # fmt: skip
 GATED_STEP = (
     Implementation(
-        OURS, OURS, lambda: imported("modeling_xlstm.mlstm_triton_step", "mlstm_step_gated", **NORM_OPTIONS),
-    ),
-    Implementation(
-        f"{OURS} in place", OURS,
-        lambda: imported("modeling_xlstm.mlstm_triton_step", "mlstm_step_gated_", **NORM_OPTIONS),
-        lambda x: x | {"counter": torch.zeros_like(x["m"], dtype=torch.int32)},
+        OURS, OURS, lambda: imported("modeling_xlstm.mlstm_triton_step", "mlstm_steps_gated_", **NORM_OPTIONS),
+        with_time,
     ),
 )  # fmt: skip
 HEAD_NORM = (

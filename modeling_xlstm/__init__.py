@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from .cache_xlstm import LayerState, XLSTMCache
 from .checkpoint_xlstm import conversions
 from .configuration_xlstm import XLSTMConfig
+from .export_xlstm import export_decode, export_prefill, initial_states, package_decode
 from .layers_xlstm import MLSTMLayer, MLSTMPreUpLayer, SLSTMLayer
 from .mlstm import MLSTMState, mlstm_chunkwise, mlstm_step
 from .modeling_xlstm import (
@@ -45,8 +46,12 @@ __all__ = [
     "XLSTMModel",
     "XLSTMPreTrainedModel",
     "count_parameters",
+    "export_decode",
+    "export_prefill",
+    "initial_states",
     "mlstm_chunkwise",
     "mlstm_step",
+    "package_decode",
     "slstm_scan",
     "slstm_step",
 ]

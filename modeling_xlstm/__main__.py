@@ -1,4 +1,4 @@
-"""`python -m modeling_xlstm`: stream a continuation of a prompt, or print the card of a checkpoint."""
+"""`python -m modeling_xlstm`: stream a continuation of a prompt, print the card of a checkpoint, or serve a model."""
 
 import argparse
 import itertools
@@ -12,19 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging
+from transformers.utils.import_utils import is_serve_available
 
 from .backends import BACKENDS
 from .configuration_xlstm import XLSTMConfig
+from .modeling_xlstm import NO_CONTINUOUS_BATCHING, XLSTMForCausalLM
 
 
 EXAMPLES = """examples:
   python -m modeling_xlstm generate --model checkpoints/xlstm-demo --prompt "A class is" --seed 1
   python -m modeling_xlstm generate --model checkpoints/xlstm-demo --prompt - --greedy < prompt.txt
   python -m modeling_xlstm info checkpoints/xlstm-demo
+  python -m modeling_xlstm serve checkpoints/xlstm-demo --dtype float32 --port 8000
 """
 # names of the safetensors format: names of PyTorch
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -208,16 +212,39 @@ def info(args: argparse.Namespace) -> None:
         print(f"{name:<13} {value}")
 
 
+def serve(args: argparse.Namespace) -> None:
+    """Runs Transformers' own OpenAI-compatible server, with the classes of this package, until it is stopped."""
+    if not is_serve_available():
+        raise CommandError("The server needs packages that are missing: pip install 'transformers[serving]'.")
+    if "--continuous-batching" in args.options:
+        raise CommandError(NO_CONTINUOUS_BATCHING)
+    import typer  # here, as no other command needs a part of Transformers' command line
+    from transformers.cli.serve import Serve
+
+    # where it looks for the class that a config.json names
+    setattr(transformers, XLSTMForCausalLM.__name__, XLSTMForCausalLM)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(Serve)
+    try:
+        app(args.options, prog_name="python -m modeling_xlstm serve")
+    except (OSError, ValueError, KeyError, RuntimeError, AssertionError, ImportError, SafetensorError) as error:
+        raise CommandError(f"The server cannot start: {reason(error)}") from error
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     layout: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXAMPLES}
     parser = Parser(prog="python -m modeling_xlstm", description=__doc__, **layout)
-    commands = parser.add_subparsers(required=True, metavar="generate | info")
+    commands = parser.add_subparsers(required=True, metavar="generate | info | serve")
     run = commands.add_parser("generate", help="stream a text", description=generate.__doc__, **layout)
     run.set_defaults(run=generate)
     card = commands.add_parser("info", help="print a card", description=info.__doc__, **layout)
     card.set_defaults(run=info)
     card.add_argument("directory", metavar="DIR", help="directory of a checkpoint; its weights are not loaded")
+    # nothing starts with that character: all options are left to Transformers
+    server = commands.add_parser("serve", help="run an OpenAI-compatible server", prefix_chars="\0", add_help=False)
+    server.set_defaults(run=serve)
+    server.add_argument("options", nargs=argparse.REMAINDER)
 
     positive = number(float, "a positive number", lambda x: 0 < x < math.inf)
     share = number(float, "above 0 and at most 1", lambda x: 0 < x <= 1)

@@ -4,27 +4,32 @@ States are float32 whatever the dtype of the model, and stay at the same address
 so that a compiled decode step can be replayed. Under autograd they are replaced instead, and stay differentiable.
 """
 
-import json
+import math
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from .checks import state_dtype
 from .configuration_xlstm import XLSTMConfig
+from .fingerprint import find_stack, model_fingerprint, state_fields, tokenizer_fingerprint
 from .mlstm_torch import MLSTMState
 from .slstm_torch import SLSTMState
+from .state_file import read_metadata, read_tensors, write_state
 
 
 class LayerState(NamedTuple):
-    """State of one mixer: its cell, and the last inputs `[B, kernel - 1, channels]` of its convolution, if any."""
+    """State of one mixer: its cell, and the last inputs `[B, kernel - 1, channels]` of its convolution, if any.
+
+    `in_place` says that a layer may overwrite these tensors, as those of a cache, rather than return others.
+    """
 
     cell: MLSTMState | SLSTMState
     conv: Tensor | None = None
+    in_place: bool = False
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "LayerState":
         """The state with `fn` applied to each tensor."""
@@ -35,6 +40,27 @@ class LayerState(NamedTuple):
         """The tensors by name: C n m or h c n m, and conv."""
         named = self.cell._asdict()
         return named if self.conv is None else {**named, "conv": self.conv}
+
+
+LINE = 32  # numbers that memory hands out at once
+CELLS = {"mlstm": MLSTMState, "slstm": SLSTMState}
+
+
+def state_shapes(config: XLSTMConfig) -> dict[str, dict[str, tuple[int, ...]]]:
+    """By kind of block, the shapes of a layer's states without the axis of rows."""
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    if "mlstm" in config.block_types:
+        H, V, kernel = config.num_heads, config.inner_size // config.num_heads, config.conv_kernel_size
+        K = config.qk_size // H
+        shapes["mlstm"] = {"C": (H, K, V), "n": (H, K), "m": (H,)}
+        if config.mlstm_block == "pre_up" and kernel:
+            shapes["mlstm"]["conv"] = (kernel - 1, config.inner_size)
+    if "slstm" in config.block_types:
+        H, kernel = config.slstm_num_heads, config.slstm_conv_kernel_size
+        shapes["slstm"] = dict.fromkeys(SLSTMState._fields, (H, config.hidden_size // H))
+        if kernel:
+            shapes["slstm"]["conv"] = (kernel - 1, config.hidden_size)
+    return shapes
 
 
 def is_readable(x: Tensor) -> bool:
@@ -54,11 +80,10 @@ def _keep_address(x: Tensor) -> None:
 
 
 class Record(NamedTuple):
-    """What is needed to undo a forward pass: the state before it, its length, and how to redo a part of it."""
+    """A forward pass that can be taken back: its tokens, and `undo(cache, kept)`, which takes back all but `kept`."""
 
-    before: LayerState | None
     tokens: int
-    replay: Callable[[int], LayerState]
+    undo: Callable[["XLSTMCache", int], None]
 
 
 class XLSTMCacheLayer:
@@ -72,7 +97,6 @@ class XLSTMCacheLayer:
     def __init__(self, kind: str):
         self.kind = kind
         self.state = None
-        self.records: list[Record] = []
         self.record_past = False
 
     def __repr__(self) -> str:
@@ -84,7 +108,8 @@ class XLSTMCacheLayer:
 
     @state.setter
     def state(self, state: LayerState | None) -> None:
-        self._state = state
+        self._state = state if state is None else state._replace(in_place=not state.cell[0].requires_grad)
+        self.fits: tuple | None = None  # what `XLSTMCache.check` has compared this state with
         self.is_empty = state is None  # of tokens: after a reset a state of zeros is kept for its address
 
     @property
@@ -107,19 +132,19 @@ class XLSTMCacheLayer:
             old, new = self.state.tensors(), state.tensors()
             if all(old[name].shape == new[name].shape and is_writable(old[name]) for name in old):
                 for name, tensor in old.items():
-                    tensor.copy_(new[name])
+                    if tensor is not new[name]:
+                        tensor.copy_(new[name])
                 return
         self.state = state
         for tensor in state.tensors().values():
             _keep_address(tensor)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Applies `fn` to every tensor of the state; what was recorded before cannot be undone any more."""
+        """Applies `fn` to every tensor of the state."""
         if self.state is not None:
             is_empty = self.is_empty
             self.update(self.state.map(fn))
             self.is_empty = is_empty
-        self.records = []
 
     def reset(self) -> None:
         with torch.no_grad():
@@ -138,35 +163,6 @@ class XLSTMCacheLayer:
     def activate_past_recording(self) -> None:
         self.record_past = True
 
-    def record(
-        self, state: LayerState | None, tokens: int, replay: Callable[[LayerState | None, int], LayerState]
-    ) -> None:
-        """Remembers the state before a forward pass over `tokens` tokens; `replay(before, k)` redoes its first k."""
-        before = None if state is None or self.is_empty else state.map(Tensor.clone)
-        self.records.append(Record(before, tokens, lambda k: replay(before, k)))
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Takes back the last `-tokens_to_remove` tokens by replay from recorded states, and forgets the records."""
-        remove = -tokens_to_remove
-        recorded = sum(record.tokens for record in self.records)
-        if not 0 <= remove <= recorded:
-            raise ValueError(
-                f"crop takes minus the number of tokens to remove, of which {recorded} are recorded "
-                f"(activate_past_recording() starts recording), got {tokens_to_remove}."
-            )
-        while remove:
-            record = self.records.pop()
-            kept = max(0, record.tokens - remove)
-            remove -= record.tokens - kept
-            if kept:
-                with torch.no_grad():
-                    self.update(record.replay(kept))
-            elif record.before is not None:
-                self.update(record.before)
-            else:
-                self.reset()
-        self.records = []
-
 
 class XLSTMCache(Cache):
     """The recurrent state of an xLSTM, passed to models and `generate` as `past_key_values`.
@@ -175,14 +171,19 @@ class XLSTMCache(Cache):
         config: Configuration of the model that the cache is for.
 
     The state of layer i is `cache.layers[i].state`, a `LayerState` of float32 tensors, `None` before the first token.
+
+    What was read can be kept, with `save` and `load`; continued in several ways, with `fork`; taken back, with `crop`.
+    From `activate_past_recording()` on, each forward pass leaves what it takes to undo it; `crop`, `reset` and all that
+    changes rows forget what was recorded until then, and what `fork` and `load` return has nothing recorded yet.
     """
 
     layers: list[XLSTMCacheLayer]  # type: ignore[assignment]
 
     def __init__(self, config: XLSTMConfig):
         super().__init__(layers=[XLSTMCacheLayer(kind) for kind in config.block_types])  # type: ignore[misc]
-        self.input_gate = config.mlstm_input_gate
+        self.config, self.shapes = config, state_shapes(config)
         self.is_broken = False  # whether some layers have read more tokens than others
+        self.records: list[Record] = []
         # A tensor, so that counting tokens does not recompile a decode step.
         self.seen_tokens = torch.zeros((), dtype=torch.int64)
 
@@ -199,6 +200,27 @@ class XLSTMCache(Cache):
         """Stores the state of a layer after a forward pass, which updates all layers in turn."""
         self.layers[layer_idx].update(state)
         self.is_broken = layer_idx + 1 < len(self.layers)
+
+    def numbers(self, batch_size: int) -> int:
+        """How many numbers the states of so many rows take, where each tensor starts at a line of memory."""
+        return sum(
+            -(-batch_size * math.prod(shape) // LINE) * LINE
+            for layer in self.layers
+            for shape in self.shapes[layer.kind].values()
+        )
+
+    def take(self, memory: Tensor, batch_size: int) -> None:
+        """Makes views of `memory` `[numbers(batch_size)]` or longer the states of the layers, and the text empty."""
+        start = 0
+        for layer in self.layers:
+            tensors = {}
+            for name, shape in self.shapes[layer.kind].items():
+                size = batch_size * math.prod(shape)
+                tensors[name] = memory[start : start + size].view(batch_size, *shape)
+                start += -(-size // LINE) * LINE
+            conv = tensors.pop("conv", None)
+            layer.state = LayerState(CELLS[layer.kind](**tensors), conv)
+            layer.is_empty = True
 
     def advance(self, tokens: int, device: torch.device) -> None:
         """Counts `tokens` more positions, padding included."""
@@ -222,15 +244,48 @@ class XLSTMCache(Cache):
     def reset(self) -> None:
         """Back to an empty text, at the same addresses."""
         super().reset()
-        self.is_broken = False
+        self.records, self.is_broken = [], False
         self.advance(-self.get_seq_length(), self.seen_tokens.device)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows become those of `beam_idx` `[B]`. What was recorded cannot be taken back any more."""
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self.records = []
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row becomes `repeats` rows. What was recorded cannot be taken back any more."""
+        super().batch_repeat_interleave(repeats)
+        self.records = []
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps some rows. What was recorded cannot be taken back any more."""
+        super().batch_select_indices(indices)
+        self.records = []
+
+    def record(self, tokens: int, undo: Callable[["XLSTMCache", int], None]) -> None:
+        """Remembers a forward pass of `tokens` tokens, of which `undo(cache, kept)` takes back all but `kept`."""
+        self.records.append(Record(tokens, undo))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last tokens: `crop(-k)` removes k, `crop(0)` only forgets what was recorded.
 
         Raises ValueError if fewer tokens were recorded; `activate_past_recording()` starts recording.
         """
-        super().crop(tokens_to_remove)
+        self.check_whole()
+        remove = -tokens_to_remove
+        recorded = sum(record.tokens for record in self.records)
+        if not 0 <= remove <= recorded:
+            raise ValueError(
+                f"crop takes minus the number of tokens to remove, of which {recorded} are recorded "
+                f"(activate_past_recording() starts recording), got {tokens_to_remove}."
+            )
+        while remove:
+            record = self.records.pop()
+            kept = max(0, record.tokens - remove)
+            remove -= record.tokens - kept
+            with torch.no_grad():
+                record.undo(self, kept)
+        self.records = []
         self.advance(tokens_to_remove, self.seen_tokens.device)
 
     @property
@@ -247,19 +302,59 @@ class XLSTMCache(Cache):
         self.seen_tokens = self.seen_tokens.to(device)
         return self
 
-    def check(self, config: XLSTMConfig) -> None:
-        """Raises ValueError unless this is the state of a model of `config`, as far as that shows."""
-        kinds = [layer.kind for layer in self.layers]
-        if kinds != config.block_types:
-            raise ValueError(
-                f"past_key_values must be of a model with blocks {config.block_types}, got blocks {kinds}."
-            )
-        if "mlstm" in kinds and self.input_gate != config.mlstm_input_gate:
-            raise ValueError(
-                f"past_key_values must be of a model with mlstm_input_gate {config.mlstm_input_gate!r}, "
-                f"got {self.input_gate!r}."
-            )
+    def check(
+        self,
+        config: XLSTMConfig,
+        batch_size: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        """Raises ValueError unless this is the state of a model of `config`, as far as that shows.
+
+        All states are of `dtype`, and of `batch_size` rows and on `device` where these are given.
+        """
+        shapes = self.shapes
+        if config is not self.config:
+            shapes, ours, theirs = state_shapes(config), state_fields(self.config), state_fields(config)
+            for name in theirs:
+                if ours[name] != theirs[name]:
+                    raise ValueError(
+                        f"past_key_values must be of a model with {name} {theirs[name]!r}, got {ours[name]!r}."
+                    )
+        fits = (shapes, batch_size, dtype, device)
+        for i, layer in enumerate(self.layers):
+            if torch.compiler.is_compiling() or layer.fits != fits:
+                self._check_layer(i, shapes[layer.kind], batch_size, dtype, device)
+                if not (torch.compiler.is_compiling() or layer.is_empty):
+                    layer.fits = fits
         self.check_whole()
+
+    def _check_layer(
+        self,
+        i: int,
+        shapes: dict[str, tuple[int, ...]],
+        batch_size: int | None,
+        dtype: torch.dtype,
+        device: torch.device | None,
+    ) -> None:
+        layer = self.layers[i]
+        if layer.state is None:
+            return
+        tensors = layer.state.tensors()
+        if tensors.keys() != shapes.keys():
+            raise ValueError(
+                f"past_key_values must hold {', '.join(shapes)} of layer {i}, got {', '.join(tensors)}: the states are "
+                "of another model."
+            )
+        # the state of an empty text is of any batch size
+        rows = layer.batch_size if batch_size is None or layer.is_empty else batch_size
+        for name, x in tensors.items():
+            shape = (rows, *shapes[name])
+            if x.shape != shape or x.dtype != dtype or device not in (None, x.device):
+                raise ValueError(
+                    f"past_key_values must hold {name} of layer {i} as {dtype} of shape {shape} on "
+                    f"{device or x.device}, got {x.dtype} of shape {tuple(x.shape)} on {x.device}."
+                )
 
     def check_whole(self) -> None:
         """Raises ValueError if some layers have read more tokens than others."""
@@ -269,46 +364,119 @@ class XLSTMCache(Cache):
                 "failed half-way; reset() empties them."
             )
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes the states as safetensors. Raises ValueError if there are none, or none of one text."""
+    def fork(self, n: int) -> "XLSTMCache":
+        """A new cache to continue the text in n ways: row b is copied to rows b * n to b * n + n - 1.
+
+        This cache stays as it is. The copies do not record; where autograd is on, they are differentiable.
+
+        Raises ValueError if n is not at least 1, or the states are not of one text.
+
+        ```python
+        >>> cache = model(prompt[:, :-1]).past_key_values  # which is read once
+        >>> model.generate(prompt, past_key_values=cache.fork(4), num_return_sequences=4, do_sample=True)
+        ```
+        """
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f"n must be an integer of at least 1, got {n!r}.")
         self.check_whole()
+        fork = XLSTMCache(self.config)
+        for layer, copy in zip(self.layers, fork.layers, strict=True):
+            if layer.state is not None:
+                copy.update(layer.state.map(lambda x: x.repeat_interleave(n, 0)))
+                copy.is_empty = layer.is_empty
+        fork.advance(self.get_seq_length(), self.seen_tokens.device)
+        return fork
+
+    def save(self, path: str | os.PathLike, model: nn.Module, tokenizer: Any = None) -> None:
+        """Writes the states to a safetensors file, in full or not at all.
+
+        Args:
+            path: The file, replaced if there is one.
+            model: The model that has read the text, adapters included: its fingerprint is in the file.
+            tokenizer: The tokenizer that made the ids, to have its fingerprint in the file too.
+
+        What is recorded for `crop` is not saved.
+
+        Raises:
+            ValueError: A layer has no state, the states are not of one text, not finite, or not of such a model.
+            OSError: The file cannot be written.
+            TypeError, ValueError: `model` has no fingerprint: see `model_fingerprint`.
+        """
+        stack = find_stack(model)
+        self.check(stack.config, dtype=state_dtype(stack.dtype))
+        states = [layer.state for layer in self.layers if layer.state is not None and not layer.is_empty]
+        if len(states) < len(self.layers):
+            raise ValueError("Only a cache with a state in each layer can be saved, got one that has seen no tokens.")
         tensors = {
-            f"layers.{i}.{name}": tensor.detach().contiguous()
-            for i, layer in enumerate(self.layers)
-            if layer.state is not None and not layer.is_empty
-            for name, tensor in layer.state.tensors().items()
+            f"layers.{i}.{name}": x.detach().to("cpu", copy=True).contiguous()
+            for i, state in enumerate(states)
+            for name, x in state.tensors().items()
         }
-        if not tensors:
-            raise ValueError("Only a cache with states can be saved, got one that has seen no tokens.")
         metadata = {
             "seen_tokens": str(self.get_seq_length()),
-            "block_types": json.dumps([layer.kind for layer in self.layers]),
-            "mlstm_input_gate": self.input_gate,
+            "dtype": _name(stack.dtype),
+            "model": model_fingerprint(model),
         }
-        save_file(tensors, path, metadata=metadata)
+        if tokenizer is not None:
+            metadata["tokenizer"] = tokenizer_fingerprint(tokenizer)
+        write_state(path, tensors, metadata)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, config: XLSTMConfig, device: torch.device | str = "cpu") -> "XLSTMCache":
-        """Reads what `save` wrote, for a model of `config`. Raises ValueError if the file is not such a cache."""
-        cache = cls(config)
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path} must be a safetensors file written by XLSTMCache.save: {error}.") from error
-        kinds = json.loads(metadata.get("block_types", "null"))
-        if kinds != config.block_types:
-            raise ValueError(f"{path} must hold the state of blocks {config.block_types}, got {kinds}.")
-        gate = metadata.get("mlstm_input_gate")
-        if "mlstm" in kinds and gate != config.mlstm_input_gate:
-            raise ValueError(f"{path} must hold the state of an {config.mlstm_input_gate!r} input gate, got {gate!r}.")
-        for i, layer in enumerate(cache.layers):
-            cell = MLSTMState if layer.kind == "mlstm" else SLSTMState
-            missing = [f"layers.{i}.{name}" for name in cell._fields if f"layers.{i}.{name}" not in tensors]
-            if missing:
-                raise ValueError(f"{path} must hold every state of layer {i}, got none for {', '.join(missing)}.")
-            states = cell(*(tensors[f"layers.{i}.{name}"] for name in cell._fields))
-            layer.update(LayerState(states, tensors.get(f"layers.{i}.conv")))
-        cache.seen_tokens = torch.tensor(int(metadata["seen_tokens"]), device=device)
+    def load(cls, path: str | os.PathLike, model: nn.Module, tokenizer: Any = None) -> "XLSTMCache":
+        """Reads what `save` wrote, for the same model with the same tokenizer.
+
+        Args:
+            path: The file.
+            model: The model that is to read on. Its stack has to equal that which was given to `save` in each bit of
+                each weight, the heads on it may differ: a state does not depend on them.
+            tokenizer: The tokenizer of what is to be read on: needed if, and allowed only if, one was given to `save`.
+
+        Returns:
+            A cache with each layer's state where the layer is, in the dtype it was saved in. It does not record.
+
+        Raises:
+            ValueError: The file is of another model, of the model in another dtype, or of another tokenizer; it is
+                broken or no such file; or it holds other tensors than the states of the model, or NaN or infinity.
+            TypeError, ValueError: `model` has no fingerprint: see `model_fingerprint`.
+        """
+        stack = find_stack(model)
+        metadata = read_metadata(path)
+        _check_origin(path, metadata, model, _name(stack.dtype), tokenizer)
+        shapes = state_shapes(stack.config)
+        named = {
+            f"layers.{i}.{name}": shape
+            for i, kind in enumerate(stack.config.block_types)
+            for name, shape in shapes[kind].items()
+        }
+        tensors = read_tensors(path, named, state_dtype(stack.dtype))
+        cache = cls(stack.config)
+        for i, (layer, block) in enumerate(zip(cache.layers, stack.layers, strict=True)):
+            device = next(block.parameters()).device
+            states = {name: tensors[f"layers.{i}.{name}"].to(device) for name in shapes[layer.kind]}
+            conv = states.pop("conv", None)
+            layer.update(LayerState(CELLS[layer.kind](**states), conv))
+        cache.advance(int(metadata["seen_tokens"]), device)
         return cache
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_origin(
+    path: str | os.PathLike, metadata: dict[str, str], model: nn.Module, dtype: str, tokenizer: Any
+) -> None:
+    """Raises ValueError unless the state with this metadata is of `model`, whose dtype is `dtype`, and `tokenizer`."""
+    saved_dtype, saved_tokenizer = metadata.get("dtype", "none"), metadata.get("tokenizer")
+    if saved_dtype != dtype:
+        raise ValueError(f"{path} must be of this model in {dtype}, got a state of a model in {saved_dtype:.80}.")
+    if saved_tokenizer is not None and tokenizer is None:
+        raise ValueError(f"{path} must be loaded with its tokenizer, as it was saved with one, got none.")
+    if saved_tokenizer is None and tokenizer is not None:
+        raise ValueError(f"{path} must be loaded without a tokenizer, as it was saved without one, got one to check.")
+    if saved_tokenizer is not None and saved_tokenizer != tokenizer_fingerprint(tokenizer):
+        raise ValueError(f"{path} must be of this tokenizer, got a state of a text in the ids of another.")
+    if metadata.get("model") != model_fingerprint(model):
+        raise ValueError(
+            f"{path} must be of this very model, got a state of one with other weights, adapters or configuration."
+        )

@@ -80,6 +80,7 @@ def _read_transformers(origin: Mapping[str, Any]) -> Fields:
         "hidden_size": widths.pop() if widths else 4096,
         "num_hidden_layers": layers[0] if layers else 32,
         "mlstm_input_gate": _input_gate(origin),
+        **({"architectures": ["XLSTMForCausalLM"]} if "architectures" in origin else {}),  # as it is called here
     }
 
 

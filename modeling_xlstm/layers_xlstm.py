@@ -20,7 +20,7 @@ from .checks import check_float, check_like, check_sequence, full_precision, sta
 from .configuration_xlstm import XLSTMConfig
 from .fused import rms_norm
 from .linear import linear
-from .mlstm import mlstm_chunkwise, mlstm_step, mlstm_step_gated
+from .mlstm import mlstm_chunkwise, mlstm_step, mlstm_steps_, mlstm_steps_gated_
 from .mlstm_torch import MLSTMState
 from .slstm import slstm_scan, slstm_step
 
@@ -149,10 +149,10 @@ def last(x: Tensor, keep: int | None) -> Tensor:
     return x if keep is None else x[:, -keep:]
 
 
-def unpack_state(state: LayerState | None, conv: nn.Module | None) -> tuple[Any, Tensor | None]:
-    """States of the cell and of the convolution, which a layer has if it has a convolution."""
+def unpack_state(state: LayerState | None, conv: nn.Module | None) -> tuple[Any, Tensor | None, bool]:
+    """States of the cell and of the convolution, which a layer has if it has one, and whether to overwrite them."""
     if state is None:
-        return None, None
+        return None, None, False
     if not isinstance(state, LayerState):
         raise TypeError(f"state must be a LayerState, as the layer returned it, got {type(state).__name__}.")
     if (state.conv is None) != (conv is None):
@@ -258,10 +258,15 @@ class GatedFeedForward(nn.Module):
         self.up_proj = projection(config.hidden_size, 2 * size, config.use_bias, small_std(config))  # rows [gate | up]
         self.down_proj = projection(size, config.hidden_size, config.use_bias, wang_std(config))
         self.activation = F.silu if activation == "silu" else F.gelu
+        self.backend = config.backend
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = linear(self.up_proj, x).chunk(2, -1)
-        return linear(self.down_proj, self.activation(gate) * up)
+        gate, up = linear(self.up_proj, x, backend=self.backend).chunk(2, -1)
+        return linear(self.down_proj, self.activation(gate) * up, backend=self.backend)
+
+
+# So many steps are taken one after the other, where the state may be overwritten, rather than in parallel.
+FEW_STEPS = 16
 
 
 class _MLSTMMixer(nn.Module):
@@ -280,38 +285,45 @@ class _MLSTMMixer(nn.Module):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        gate_input: Tensor,
+        gates: Tensor,
         state: MLSTMState | None,
+        in_place: bool,
         mask: Tensor | None,
         cu_seqlens: Tensor | None,
         keep: int | None,
         ogate: Tensor | None = None,
     ) -> tuple[Tensor, MLSTMState]:
-        """q, k, v `[B, T, H K]` or `[B, T, H V]` to the normalised, and gated, heads `[B, T or keep, H V]`."""
+        """q, k, v `[B, T, H K]` or `[B, T, H V]` to the normalised, and gated, heads `[B, T or keep, H V]`.
+
+        A few steps on Triton overwrite the state where they may.
+        """
         config = self.config
         K, V = config.qk_size // config.num_heads, config.inner_size // config.num_heads
         q, k, v = q.unflatten(-1, (-1, K)), k.unflatten(-1, (-1, K)), v.unflatten(-1, (-1, V))
-        igate, fgate = self.gate_proj(gate_input).chunk(2, -1)
+        igate, fgate = gates.chunk(2, -1)
         options: dict[str, Any] = {
+            "mask": mask,
             "input_gate": config.mlstm_input_gate,
             "gate_soft_cap": config.gate_soft_cap,
             "eps": config.eps,
         }
         backend = resolve(self.backend, q)
-        if q.shape[1] == 1 and cu_seqlens is None:
+        T = q.shape[1]
+        if in_place and backend == "triton" and T <= FEW_STEPS and not torch.is_grad_enabled():
+            if ogate is None:
+                h = mlstm_steps_(q, k, v, igate, fgate, state, **options)
+                return self.head_norm(last(h, keep), None, backend), state
+            norm = self.head_norm
+            options |= {"offset": norm.offset, "norm_eps": norm.eps}
+            y = mlstm_steps_gated_(q, k, v, igate, fgate, ogate, state, norm.weight, norm.bias, **options)
+            return last(y, keep), state
+        if T == 1 and cu_seqlens is None:
             q, k, v, igate, fgate = (x.squeeze(1) for x in (q, k, v, igate, fgate))
             options["mask"] = None if mask is None else mask[:, 0]
-            if backend == "triton" and ogate is not None and not torch.is_grad_enabled():
-                norm = self.head_norm
-                y, state = mlstm_step_gated(
-                    q, k, v, igate, fgate, ogate.squeeze(1), state, norm.weight, norm.bias,
-                    offset=norm.offset, norm_eps=norm.eps, **options,
-                )  # fmt: skip
-                return y.unsqueeze(1), state
             h, state = mlstm_step(q, k, v, igate, fgate, state, backend=backend, **options)
             h = h.unsqueeze(1)
         else:
-            options |= {"mask": mask, "cu_seqlens": cu_seqlens, "chunk_size": config.chunk_size}
+            options |= {"cu_seqlens": cu_seqlens, "chunk_size": config.chunk_size}
             h, state = mlstm_chunkwise(q, k, v, igate, fgate, state, backend=backend, **options)
         return self.head_norm(last(h, keep), None if ogate is None else last(ogate, keep), backend), state
 
@@ -339,10 +351,24 @@ class MLSTMLayer(_MLSTMMixer):
         keep: int | None = None,
     ) -> tuple[Tensor, LayerState]:
         check_layer_input(x, self.config.hidden_size, mask, cu_seqlens, keep)
-        cell, _ = unpack_state(state, None)
-        q, k, v, o = linear(self.qkvo_proj, x).split(self.splits, -1)
-        y, cell = self._cell(q, k, v, x, cell, mask, cu_seqlens, keep, ogate=o)
-        return linear(self.out_proj, y), LayerState(cell)
+        cell, _, in_place = unpack_state(state, None)
+        qkvo = linear(self.qkvo_proj, x, backend=self.backend)
+        y, cell = self.heads(qkvo, self.gate_proj(x), cell, in_place, mask, cu_seqlens, keep)
+        return linear(self.out_proj, y, backend=self.backend), LayerState(cell)
+
+    def heads(
+        self,
+        qkvo: Tensor,
+        gates: Tensor,
+        state: MLSTMState | None,
+        in_place: bool = False,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        keep: int | None = None,
+    ) -> tuple[Tensor, MLSTMState]:
+        """What is between the projections: rows [q | k | v | o] and gates [i | f] to y `[B, T or keep, H V]`."""
+        q, k, v, o = qkvo.split(self.splits, -1)
+        return self._cell(q, k, v, gates, state, in_place, mask, cu_seqlens, keep, ogate=o)
 
 
 class MLSTMPreUpLayer(_MLSTMMixer):
@@ -376,15 +402,16 @@ class MLSTMPreUpLayer(_MLSTMMixer):
         keep: int | None = None,
     ) -> tuple[Tensor, LayerState]:
         check_layer_input(x, self.config.hidden_size, mask, cu_seqlens, keep)
-        cell, conv = unpack_state(state, self.conv)
-        x, z = linear(self.up_proj, x).chunk(2, -1)
+        cell, conv, in_place = unpack_state(state, self.conv)
+        x, z = linear(self.up_proj, x, backend=self.backend).chunk(2, -1)
         c = x
         if self.conv is not None:
             c, conv = self.conv(x, conv, mask=mask, cu_seqlens=cu_seqlens)
         q, k, v = self.q_proj(c), self.k_proj(c), self.v_proj(x)
-        h, cell = self._cell(q, k, v, torch.cat((q, k, v), -1), cell, mask, cu_seqlens, keep)
+        gates = self.gate_proj(torch.cat((q, k, v), -1))
+        h, cell = self._cell(q, k, v, gates, cell, in_place, mask, cu_seqlens, keep)
         y = (h + self.skip * last(c, keep)) * F.silu(last(z, keep))
-        return linear(self.down_proj, y), LayerState(cell, conv)
+        return linear(self.down_proj, y, backend=self.backend), LayerState(cell, conv)
 
 
 class SLSTMLayer(nn.Module):
@@ -440,7 +467,7 @@ class SLSTMLayer(nn.Module):
         keep: int | None = None,
     ) -> tuple[Tensor, LayerState]:
         check_layer_input(x, self.config.hidden_size, mask, cu_seqlens, keep)
-        cell, conv = unpack_state(state, self.conv)
+        cell, conv, _ = unpack_state(state, self.conv)
         c = x
         if self.conv is not None:
             c, conv = self.conv(x, conv, mask=mask, cu_seqlens=cu_seqlens)

@@ -1,6 +1,7 @@
-"""Linear layers at the speed of the CPU: in float32, PyTorch multiplies with MKL where oneDNN can be faster.
+"""Linear layers at the speed of the machine, where PyTorch's own are not.
 
-Parameters are the same and results equal up to rounding. How much faster is printed by `python -m benchmarks.cpu`.
+In float32 on a CPU, PyTorch multiplies with MKL where oneDNN can be faster; a few rows in half precision on a GPU are
+multiplied in Triton. Parameters are the same and results equal up to rounding.
 """
 
 from typing import Any
@@ -10,7 +11,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
-from .backends import HAS_ONEDNN_LINEAR
+from .backends import HAS_ONEDNN_LINEAR, HAS_TRITON, resolve
+from .fused import soft_cap
+
+
+if HAS_TRITON:
+    from .linear_triton import ROWS, multiply
 
 
 class _OneDNNLinear(torch.autograd.Function):
@@ -43,31 +49,48 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def _is_plain(module: nn.Module, x: Tensor) -> bool:
-    """Whether `module(x)` is no more than the product that oneDNN makes: not quantised, adapted, hooked or compiled."""
+def is_plain(module: Any, x: Tensor) -> bool:
+    """Whether `module(x)` is only a product of one dtype: no module quantised, adapted, hooked or compiled."""
     return (
-        HAS_ONEDNN_LINEAR
-        and type(module) is nn.Linear
-        and x.device.type == "cpu"
-        and x.dtype == module.weight.dtype == torch.float32
+        type(module) is nn.Linear
         and type(module.weight) is nn.Parameter
-        and x.shape[-1] == module.in_features
+        and x.dtype == module.weight.dtype
+        and x.device == module.weight.device
         and not (module._forward_hooks or module._forward_pre_hooks)
         and not (module._backward_hooks or module._backward_pre_hooks or _has_any_global_hook())
         and module._compiled_call_impl is None
         and "forward" not in module.__dict__  # replaced, as by what moves weights between devices
-        and not torch.is_autocast_enabled("cpu")
+        and not torch.is_autocast_enabled(x.device.type)
         and not torch.compiler.is_compiling()  # the compiler makes its own choice
     )
 
 
-def linear(module: nn.Module, x: Tensor) -> Tensor:
-    """`module(x)`, in oneDNN where that is an ordinary linear layer of a plain float32 tensor on a CPU."""
-    if not _is_plain(module, x):
-        return module(x)
+def is_for_triton(module: Any, x: Tensor, backend: str) -> bool:
+    """Whether a product of rows like those of x, of any width, may be made by Triton: few, no bias, for inference."""
+    return (
+        HAS_TRITON
+        and x.dtype in (torch.float16, torch.bfloat16)
+        and not torch.is_grad_enabled()
+        and x.numel() <= ROWS * x.shape[-1]
+        and is_plain(module, x)
+        and module.bias is None
+        and module.in_features % 8 == 0  # rows start where the copy engine can start
+        and module.weight.is_contiguous()
+        and resolve(backend, x) == "triton"
+    )
+
+
+def linear(module: Any, x: Tensor, *, cap: float | None = None, backend: str = "auto") -> Tensor:
+    """`soft_cap(module(x), cap)`, x `[..., inputs]`; `backend` is that of a few rows for inference."""
+    fits = x.shape[-1] == module.in_features
+    if fits and is_for_triton(module, x, backend):
+        return multiply(x.reshape(-1, x.shape[-1]), module.weight, cap=cap).view(*x.shape[:-1], module.out_features)
+    on_cpu = HAS_ONEDNN_LINEAR and x.device.type == "cpu" and x.dtype == torch.float32
+    if not (fits and on_cpu and is_plain(module, x)):
+        return soft_cap(module(x), cap)
     inputs: tuple[Any, ...] = (x.reshape(-1, x.shape[-1]), module.weight, module.bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         y = _OneDNNLinear.apply(*inputs)
     else:
         y = _multiply(*inputs)
-    return y.view(*x.shape[:-1], module.out_features)
+    return soft_cap(y.view(*x.shape[:-1], module.out_features), cap)

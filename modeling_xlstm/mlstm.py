@@ -20,7 +20,8 @@ from .mlstm_torch import mlstm_step as mlstm_step_torch
 if HAS_TRITON:
     from .mlstm_triton import mlstm_chunkwise as mlstm_chunkwise_triton
     from .mlstm_triton_step import mlstm_step as mlstm_step_triton
-    from .mlstm_triton_step import mlstm_step_gated as mlstm_step_gated_triton
+    from .mlstm_triton_step import mlstm_steps_ as mlstm_steps_triton_
+    from .mlstm_triton_step import mlstm_steps_gated_ as mlstm_steps_gated_triton_
 
 
 def mlstm_chunkwise(
@@ -122,7 +123,12 @@ def mlstm_step(
     Raises:
         As `mlstm_chunkwise`.
     """
-    backend, state = _check_step(q, k, v, igate, fgate, state, mask, input_gate, gate_soft_cap, eps, backend)
+    check_float("q", q, "B H K")
+    _check_inputs(q, k, v, igate, fgate, q.shape[:2], input_gate, gate_soft_cap, eps)
+    backend = resolve(backend, q)
+    state = _check_state(state, q, v, q.shape[0])
+    if mask is not None:
+        check_like("mask", mask, q.shape[:1], q.device, (torch.bool,))
     with full_precision(q.device):
         if backend == "triton":
             h, *last = mlstm_step_triton(q, k, v, igate, fgate, *state, mask, input_gate, gate_soft_cap, eps)
@@ -133,14 +139,47 @@ def mlstm_step(
     return h.to(v.dtype), state
 
 
-def mlstm_step_gated(
+def mlstm_steps_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    igate: Tensor,
+    fgate: Tensor,
+    state: MLSTMState,
+    *,
+    mask: Tensor | None = None,
+    input_gate: str = "exp",
+    gate_soft_cap: float | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """A few steps of `mlstm_chunkwise` that overwrite the state: Triton only, no gradients.
+
+    Args:
+        q, k, v: `[B, T, H, K]`, `[B, T, H, K]` and `[B, T, H, V]`. Time is walked over: T should be small.
+        igate, fgate: Gate pre-activations `[B, T, H]`.
+        state: State before the steps, contiguous; that after them when this returns.
+        mask: `[B, T]` bool, False where a step is padding.
+        input_gate, gate_soft_cap, eps: As in `mlstm_chunkwise`.
+
+    Returns:
+        h `[B, T, H, V]` in the dtype of v.
+
+    Raises:
+        As `mlstm_chunkwise`; NotImplementedError where Triton cannot run.
+    """
+    _check_steps(q, k, v, igate, fgate, state, mask, input_gate, gate_soft_cap, eps)
+    with full_precision(q.device):
+        return mlstm_steps_triton_(q, k, v, igate, fgate, *state, mask, input_gate, gate_soft_cap, eps)
+
+
+def mlstm_steps_gated_(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     igate: Tensor,
     fgate: Tensor,
     ogate: Tensor,
-    state: MLSTMState | None,
+    state: MLSTMState,
     weight: Tensor,
     bias: Tensor | None,
     *,
@@ -150,45 +189,41 @@ def mlstm_step_gated(
     input_gate: str = "exp",
     gate_soft_cap: float | None = None,
     eps: float = 1e-6,
-) -> tuple[Tensor, MLSTMState]:
-    """`mlstm_step` and what follows it in xLSTM-7B, one kernel and a memset of its counters: Triton only, no gradients.
+) -> Tensor:
+    """`mlstm_steps_` and what follows it in xLSTM-7B.
 
     Args:
-        ogate: Pre-activation of the output gate `[B, H V]`, of the dtype of v.
+        ogate: Pre-activation of the output gate `[B, T, H V]`, of the dtype of v.
         weight, bias: Of the norm of heads, `[H V]`, any floating dtype; `offset` is added to the weight.
         norm_eps: Added to the variance.
-        Others as in `mlstm_step`.
+        Others as in `mlstm_steps_`.
 
     Returns:
-        y `[B, H V]` = `sigmoid(ogate) * (layer_norm(h) * (weight + offset) + bias)`, and the new `MLSTMState`.
+        y `[B, T, H V]` = `sigmoid(ogate) * (layer_norm(h) * (weight + offset) + bias)`, in the dtype of v.
 
     Raises:
-        As `mlstm_step`; NotImplementedError where Triton cannot run.
+        As `mlstm_steps_`.
     """
-    _, state = _check_step(q, k, v, igate, fgate, state, mask, input_gate, gate_soft_cap, eps, "triton")
-    channels = v.shape[1] * v.shape[2]
-    check_like("ogate", ogate, (q.shape[0], channels), q.device, (v.dtype,))
+    _check_steps(q, k, v, igate, fgate, state, mask, input_gate, gate_soft_cap, eps)
+    channels = v.shape[2] * v.shape[3]
+    check_like("ogate", ogate, (*q.shape[:2], channels), q.device, (v.dtype,))
     check_like("weight", weight, (channels,), q.device)
     if bias is not None:
         check_like("bias", bias, (channels,), q.device)
     with full_precision(q.device):
-        y, *last = mlstm_step_gated_triton(
-            q, k, v, igate, fgate, ogate, *state, weight, bias, mask, input_gate, gate_soft_cap, eps, norm_eps, offset
-        )
-    return y, MLSTMState(*last)
+        return mlstm_steps_gated_triton_(
+            q, k, v, igate, fgate, ogate, *state, weight, bias,
+            mask, input_gate, gate_soft_cap, eps, norm_eps, offset,
+        )  # fmt: skip
 
 
-def _check_step(
-    q, k, v, igate, fgate, state, mask, input_gate: str, gate_soft_cap: float | None, eps: float, backend: str
-) -> tuple[str, MLSTMState]:
-    """The backend that serves a step, and its state."""
-    check_float("q", q, "B H K")
-    _check_inputs(q, k, v, igate, fgate, q.shape[:2], input_gate, gate_soft_cap, eps)
-    backend = resolve(backend, q)
-    state = _check_state(state, q, v, q.shape[0])
+def _check_steps(q, k, v, igate, fgate, state, mask, input_gate: str, gate_soft_cap: float | None, eps: float) -> None:
+    check_float("q", q, "B T H K")
+    _check_inputs(q, k, v, igate, fgate, q.shape[:3], input_gate, gate_soft_cap, eps)
+    resolve("triton", q)
+    _check_state(state, q, v, q.shape[0])
     if mask is not None:
-        check_like("mask", mask, q.shape[:1], q.device, (torch.bool,))
-    return backend, state
+        check_like("mask", mask, q.shape[:2], q.device, (torch.bool,))
 
 
 def _check_inputs(

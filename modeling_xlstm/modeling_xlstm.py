@@ -9,6 +9,7 @@ Papers: https://arxiv.org/abs/2405.04517 (xLSTM[a:b]) and https://arxiv.org/abs/
 import json
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,18 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .backends import READS_ON_IN_PIECES, resolve
+from .backends import HAS_TRITON, READS_ON_IN_PIECES, resolve
 from .cache_xlstm import LayerState, XLSTMCache
 from .checkpoint_xlstm import from_native
-from .checks import check_float, check_sequence, is_finite
+from .checks import check_float, check_sequence, is_finite, state_dtype
 from .configuration_formats import fields_to
 from .configuration_xlstm import XLSTMConfig
-from .fused import causal_lm_loss, soft_cap
+from .fused import causal_lm_loss
+from .graphs_xlstm import ACTIVE, graphs_of, quiet
 from .layers_xlstm import (
     BlockDiagonalLinear,
     CausalConv1d,
@@ -52,6 +54,13 @@ from .layers_xlstm import (
     small_std,
 )
 from .linear import linear
+
+
+if HAS_TRITON:
+    from .block_triton import block_steps, takes
+
+
+logger = logging.get_logger(__name__)
 
 
 class XLSTMBlock(GradientCheckpointingLayer):
@@ -89,6 +98,8 @@ class XLSTMBlock(GradientCheckpointingLayer):
         cu_seqlens: Tensor | None = None,
         keep: int | None = None,
     ) -> tuple[Tensor, LayerState]:
+        if HAS_TRITON and takes(self, x, state, cu_seqlens):
+            return last(block_steps(self, x, state, mask), keep), state
         y, state = self.mixer(self.mixer_norm(x), state, mask=mask, cu_seqlens=cu_seqlens, keep=keep)
         x = last(x, keep) + self.dropout(y)
         if self.ffn is not None:
@@ -189,7 +200,8 @@ class XLSTMPreTrainedModel(PreTrainedModel):
 
     def set_backend(self, backend: str) -> None:
         """Selects the kernels of every layer: `"auto"`, `"torch"` or `"triton"`; raises if they cannot run here."""
-        layers = [x for x in self.modules() if isinstance(x, MLSTMLayer | MLSTMPreUpLayer | SLSTMLayer)]
+        kinds = MLSTMLayer | MLSTMPreUpLayer | SLSTMLayer | GatedFeedForward
+        layers = [x for x in self.modules() if isinstance(x, kinds)]
         for layer in layers:
             if isinstance(layer, SLSTMLayer):
                 resolve(backend, layer.recurrent_weight, "sLSTM")
@@ -260,7 +272,9 @@ class XLSTMModel(XLSTMPreTrainedModel):
         if cache is None and use_cache and not self.training:
             cache = XLSTMCache(self.config)
         if cache is not None:
-            _check_cache(cache, self.config)
+            # the layers of a model that is spread over devices have their states where they are
+            device = None if hasattr(self.layers[0], "_hf_hook") else inputs_embeds.device
+            _check_cache(cache, self.config, inputs_embeds.shape[0], inputs_embeds.dtype, device)
             _check_checkpointing(self)
         B, T, _ = inputs_embeds.shape
         mask = _padding_mask(attention_mask, B, T, cache)
@@ -275,16 +289,20 @@ class XLSTMModel(XLSTMPreTrainedModel):
             cache = None
 
         x = inputs_embeds
+        passes: list[tuple] = []  # of each layer what it takes to redo it
         for i, block in enumerate(self.layers):
             state = None if cache is None else cache.get_state(i, B)
             if cache is not None and cache.is_recording:
-                cache.layers[i].record(state, T, _replay(block, x, mask))
+                before = None if state is None or cache.layers[i].is_empty else state.map(Tensor.clone)
+                passes.append((block, x, before))
             keep = (logits_to_keep or None) if i + 1 == len(self.layers) else None
             x, state = block(x, state, mask=mask, cu_seqlens=cu_seqlens, keep=keep)
             if cache is not None:
                 cache.update(state, i)
         if cache is not None:
             cache.advance(T, x.device)
+            if cache.is_recording:
+                cache.record(T, partial(_undo, passes, mask))
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=cache)
 
 
@@ -310,10 +328,16 @@ def _check_embeds(inputs_embeds: Tensor, weight: Tensor) -> None:
         raise TypeError(f"inputs_embeds must be {weight.dtype} like the weights, got {inputs_embeds.dtype}.")
 
 
-def _check_cache(cache: Cache, config: XLSTMConfig) -> None:
+def _check_cache(
+    cache: Cache,
+    config: XLSTMConfig,
+    batch_size: int | None,
+    dtype: torch.dtype,
+    device: torch.device | None,
+) -> None:
     if not isinstance(cache, XLSTMCache):
         raise TypeError(f"past_key_values must be an XLSTMCache, got {type(cache).__name__}.")
-    cache.check(config)
+    cache.check(config, batch_size, state_dtype(dtype), device)
 
 
 def _check_checkpointing(model: XLSTMModel) -> None:
@@ -378,9 +402,21 @@ def _restarts(positions: Tensor, B: int, T: int, mask: Tensor | None) -> Tensor 
     return torch.cat((restarts.new_tensor([0]), restarts, restarts.new_tensor([T])))
 
 
-def _replay(block: nn.Module, x: Tensor, mask: Tensor | None):
-    """How to redo the first tokens of a forward pass from the state before it."""
-    return lambda before, tokens: block(x[:, :tokens], before, mask=None if mask is None else mask[:, :tokens])[1]
+def _undo(passes: list[tuple], mask: Tensor | None, cache: XLSTMCache, kept: int) -> None:
+    """Takes back a forward pass but for its first tokens, which the mixers read again."""
+    mask = None if mask is None else mask[:, :kept]
+    for layer, (block, x, before) in zip(cache.layers, passes, strict=True):
+        if kept:
+            layer.update(block.mixer(block.mixer_norm(x[:, :kept]), before, mask=mask)[1])
+        elif before is not None:
+            layer.update(before)
+        else:
+            layer.reset()
+
+
+NO_CONTINUOUS_BATCHING = (
+    "Continuous batching pages the keys and values of attention, of which an xLSTM has none; generate takes a batch."
+)
 
 
 class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
@@ -421,6 +457,13 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         Raises:
             As [`XLSTMModel`]; and FloatingPointError if logits outside training are not finite (on a CPU).
         """
+        graphs = None if torch.compiler.is_compiling() else ACTIVE.get()
+        if graphs is not None and graphs.model() is self:
+            cache = past_key_values if cache_params is None else cache_params
+            if graphs.fits(input_ids, cache) and not kwargs.get("output_hidden_states"):
+                mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :] != 0
+                return CausalLMOutputWithPast(logits=graphs(input_ids, mask, cache), past_key_values=cache)
+            graphs.vacate()
         # what is kept of the logits is all that the last block needs to give, unless its output is wanted as well
         cut = isinstance(logits_to_keep, int) and logits_to_keep > 0
         whole = kwargs.get("output_hidden_states") or self.config.output_hidden_states
@@ -435,7 +478,8 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = soft_cap(linear(self.lm_head, outputs.last_hidden_state[:, kept]), self.config.output_logit_soft_cap)
+        x = outputs.last_hidden_state[:, kept]
+        logits = linear(self.lm_head, x, cap=self.config.output_logit_soft_cap, backend=self.config.backend)
         if not self.training:
             _check_finite(logits)
         loss = None
@@ -449,6 +493,17 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
         )
 
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        assistant = generation_mode_kwargs.get("assistant_model")
+        if assistant is not None and not {"tokenizer", "assistant_tokenizer"} <= generation_mode_kwargs.keys():
+            ours, theirs = (model.config.get_text_config().vocab_size for model in (self, assistant))
+            if ours != theirs:
+                raise ValueError(
+                    f"assistant_model must have the vocabulary of the model, {ours} tokens, got one of {theirs}; to "
+                    "translate between two vocabularies, give tokenizer and assistant_tokenizer too."
+                )
+        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)  # type: ignore[misc]
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, max_length):
         if generation_config.cache_implementation not in (None, "dynamic", "static"):
             raise ValueError(
@@ -459,10 +514,12 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
             model_kwargs.setdefault("past_key_values", alias)
         mask, embeds = model_kwargs.get("attention_mask"), model_kwargs.get("inputs_embeds")
         in_pieces = generation_config.prefill_chunk_size is not None
+        rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         if in_pieces and mask is not None and (mask[:, -1] == 0).any():
             raise ValueError("prefill_chunk_size needs padding on the left, got an attention_mask that ends with 0.")
         if (cache := model_kwargs.get("past_key_values")) is not None:
-            _check_cache(cache, self.config)
+            device = None if hasattr(self.model.layers[0], "_hf_hook") else self.device
+            _check_cache(cache, self.config, None, self.dtype, device)
             seen = cache.get_seq_length()
             if in_pieces and seen and not READS_ON_IN_PIECES:
                 raise NotImplementedError(
@@ -488,7 +545,6 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
                     "Prompt lookup and assisted generation must start from the first token, got past_key_values that "
                     f"has seen {seen}: they would read these again."
                 )
-            rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
             if seen and cache.batch_size != rows:
                 raise ValueError(
                     f"past_key_values must have a row for each of {rows} sequences, beams included, got "
@@ -500,6 +556,37 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
             if generation_config.is_assistant:  # whose drafts are taken back where the main model differs
                 model_kwargs["past_key_values"].activate_past_recording()
 
+        if "past_key_values" in model_kwargs and not generation_config.disable_compile:
+            self._prepare_graphs(rows)
+
+    def _prepare_graphs(self, rows: int) -> None:
+        """Has the steps of this `generate` replayed, where they can be."""
+        graphs = graphs_of(self)
+        obstacle = graphs.obstacle(self)
+        if obstacle is not None:
+            logger.info(f"The steps of generate are not replayed as CUDA graphs: {obstacle}.")
+            return
+        graphs.prepare(rows)
+        ACTIVE.set(graphs)
+
+    def generate(self, *args: Any, **kwargs: Any):
+        """As in Transformers; on a GPU steps are replayed as CUDA graphs, unless `disable_compile=True` is given."""
+        with quiet():
+            try:
+                return super().generate(*args, **kwargs)  # type: ignore[misc]
+            finally:
+                if (graphs := ACTIVE.get()) is not None:
+                    graphs.vacate()
+
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+        """Steps are compiled by `torch.compile` only where that is asked for: they are replayed as graphs."""
+        asked = generation_config.compile_config is not None
+        return asked and super()._valid_auto_compile_criteria(model_kwargs, generation_config)  # type: ignore[misc]
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any):
+        """Raises NotImplementedError: there is nothing to page."""
+        raise NotImplementedError(NO_CONTINUOUS_BATCHING)
+
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
         """The padding mask as it is: there is no attention to mask."""
@@ -509,6 +596,12 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """As in Transformers, with padding moved to the left: the next token is read at the last position."""
+        if ACTIVE.get() is not None and kwargs.get("next_sequence_length") == 1:
+            # what was generated is no padding; the GPU waits for this
+            kept = {name: x for name, x in kwargs.items() if name in ("past_key_values", "use_cache")}
+            if kwargs.get("output_hidden_states"):
+                kept["output_hidden_states"] = True
+            return {"input_ids": input_ids[:, -1:], "logits_to_keep": 1, **kept}
         kwargs["inputs_embeds"] = inputs_embeds
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc, arg-type]
         mask = inputs.get("attention_mask")

@@ -6,10 +6,24 @@ import torch
 try:  # in a `try`, so that Transformers does not ask for it when it downloads this file to a machine without a GPU
     import triton
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError as error:
     raise ImportError("the kernels need the package triton, version 3.6 or later.") from error
 
-__all__ = ["blocks_of", "power_of_2", "processors", "shared_memory", "tl", "triton"]
+__all__ = [
+    "TensorDescriptor",
+    "blocks_of",
+    "chain_options",
+    "chains",
+    "gdc_launch_dependents",
+    "gdc_wait",
+    "power_of_2",
+    "processors",
+    "shared_memory",
+    "tl",
+    "triton",
+]
 
 
 # Triton's own `cdiv` and `next_power_of_2` cost five microseconds a call outside of kernels; a launch costs thirty.
@@ -35,3 +49,13 @@ def shared_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+
+
+def chains(device: torch.device) -> bool:
+    """Whether a kernel may start before the one in front of it has ended ("programmatic dependent launch")."""
+    return device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 9
+
+
+def chain_options(chained: bool) -> dict[str, bool]:
+    """What a kernel is launched with that may start early."""
+    return {"launch_pdl": True} if chained else {}

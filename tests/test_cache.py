@@ -1,13 +1,11 @@
-"""The recurrent cache: precision, addresses, batch operations, taking tokens back, saving."""
+"""The recurrent cache: precision, addresses, batch operations, taking tokens back, forking."""
 
 import copy
-import json
 from functools import partial
 
 import pytest
 import torch
 from models import KINDS, TWO_KINDS, assert_near, assert_same_states, random_ids, states, tiny_config, tiny_model
-from safetensors.torch import load_file, save_file
 
 from modeling_xlstm import XLSTMCache
 
@@ -190,7 +188,9 @@ def test_a_cache_that_a_failing_forward_pass_left_half_way_is_refused_until_it_i
         with pytest.raises(ValueError, match=r"got the states that a forward pass left when it failed half-way; reset"):
             use(ids, past_key_values=cache)
     with pytest.raises(ValueError, match="failed half-way"):
-        cache.save(tmp_path / "state.safetensors")
+        cache.save(tmp_path / "state.safetensors", model)
+    with pytest.raises(ValueError, match="failed half-way"):
+        cache.fork(2)
     cache.reset()
     with torch.no_grad():
         assert torch.equal(model(ids, past_key_values=cache).logits, model(ids).logits)
@@ -200,16 +200,77 @@ def raise_interrupt(*args, **kwargs):
     raise KeyboardInterrupt
 
 
-def test_the_state_of_another_input_gate_is_refused(tmp_path):
-    path, ids = tmp_path / "state.safetensors", random_ids(2, 5)
-    cache = cache_after(tiny_model("sigmoid"), ids)
-    with pytest.raises(ValueError, match="must be of a model with mlstm_input_gate 'exp', got 'sigmoid'"):
-        tiny_model("post_up")(ids, past_key_values=cache)
-    cache.save(path)
-    with pytest.raises(ValueError, match="must hold the state of an 'exp' input gate, got 'sigmoid'"):
-        XLSTMCache.load(path, tiny_config("post_up"))
-    slstm = cache_after(tiny_model("slstm"), ids)
-    tiny_model("slstm", mlstm_input_gate="sigmoid")(ids, past_key_values=slstm)  # which has no such gate
+@pytest.mark.parametrize(
+    "kind, fields, got",
+    [
+        ("sigmoid", {}, "be of a model with mlstm_input_gate 'exp', got 'sigmoid'"),
+        ("slstm", {}, r"be of a model with block_types \['mlstm', 'mlstm'\], got \['slstm', 'slstm'\]"),
+        ("pre_up", {}, "be of a model with mlstm_block 'post_up', got 'pre_up'"),
+        ("post_up", {"gate_soft_cap": 3.0}, "be of a model with gate_soft_cap 15.0, got 3.0"),
+        ("post_up", {"num_heads": 4}, "be of a model with num_heads 2, got 4"),
+        ("post_up", {"hidden_size": 64}, r"hold C of layer 0 .* shape \(2, 2, 8, 16\) .* shape \(2, 2, 16, 32\)"),
+    ],
+)
+def test_the_cache_of_another_model_is_refused_by_what_differs(kind, fields, got, tmp_path):
+    model, ids = tiny_model(), random_ids(2, 5)
+    cache = cache_after(tiny_model(kind, **fields), ids)
+    for use in (
+        lambda: model(ids, past_key_values=cache),
+        lambda: model.generate(random_ids(2, 9), past_key_values=cache, max_new_tokens=2),
+        lambda: cache.save(tmp_path / "state", model),
+    ):
+        with pytest.raises(ValueError, match=f"past_key_values must {got}"):
+            use()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_model_does_not_have_may_differ():
+    slstm = cache_after(tiny_model("slstm"), random_ids(2, 5))
+    tiny_model("slstm", mlstm_input_gate="sigmoid")(random_ids(2, 5), past_key_values=slstm)
+
+
+def spoil(cache, how):
+    """Changes the state of the last layer only."""
+    layer = cache.layers[-1]
+    cell, conv, _ = layer.state
+    if how == "dtype":
+        layer.state = layer.state.map(torch.Tensor.bfloat16)
+    elif how == "device":
+        layer.state = layer.state.map(lambda x: x.to("meta"))
+    elif how == "rows":
+        layer.state = layer.state.map(lambda x: x[:1])
+    elif how == "shape":
+        layer.state = layer.state._replace(cell=cell._replace(n=cell.n[..., 1:]))
+    elif how == "convolution":
+        layer.state = layer.state._replace(conv=cell.n if conv is None else None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "how, got",
+    [
+        ("dtype", "as torch.float32 .*, got torch.bfloat16"),
+        ("device", "on cpu, got .* on meta"),
+        ("rows", r"of shape \(2, .*, got .* of shape \(1, "),
+        ("shape", r"of shape .*, got .* of shape \("),
+        ("convolution", "got .*: the states are of another model"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_before_anything_is_computed(how, got, kind, length):
+    model, ids = tiny_model(kind), random_ids(2, length)
+    cache = cache_after(model, random_ids(2, 5))
+    model(ids, past_key_values=cache)
+    spoil(cache, how)
+    before = {name: x.clone() for name, x in states(cache).items()}
+    with pytest.raises(ValueError, match=rf"^past_key_values must hold \w.* of layer {len(cache.layers) - 1}.*{got}"):
+        model(ids, past_key_values=cache)
+    assert not cache.is_broken and cache.get_seq_length() == 5 + length
+    assert all(torch.equal(x, before[name]) for name, x in states(cache).items() if x.device.type == "cpu")
+    if how != "rows":  # of which generate has a sentence of its own
+        with pytest.raises(ValueError, match=got):
+            model.generate(random_ids(2, 20), past_key_values=cache, max_new_tokens=2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -347,70 +408,73 @@ def test_reordering_ends_what_can_be_taken_back():
         cache.crop(-1)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_saved_cache_loads_and_continues_exactly(kind, tmp_path):
+def test_a_fork_holds_each_row_n_times_and_leaves_the_original(kind, n):
     model, ids = tiny_model(kind), random_ids(2, 20)
     cache = cache_after(model, ids)
-    cache.save(tmp_path / "state.safetensors")
-    loaded = XLSTMCache.load(tmp_path / "state.safetensors", model.config)
-    assert_same_states(loaded, cache, 0)
-    assert {tensor.dtype for tensor in states(loaded).values()} == {torch.float32}
-    new = random_ids(2, 5, seed=1)
-    with torch.no_grad():
-        assert torch.equal(model(new, past_key_values=loaded).logits, model(new, past_key_values=cache).logits)
-    assert loaded.get_seq_length() == 25
+    before = {name: (x.data_ptr(), x.clone()) for name, x in states(cache).items()}
+    fork = cache.fork(n)
+    for name, x in states(fork).items():
+        address, old = before[name]
+        assert torch.equal(x, old.repeat_interleave(n, 0))
+        assert x.data_ptr() != address
+    continues_as(model, fork, cache_after(model, ids.repeat_interleave(n, 0)), 20)
+    for name, x in states(cache).items():
+        address, old = before[name]
+        assert x.data_ptr() == address and torch.equal(x, old)
+    continues_as(model, cache, cache_after(model, ids), 20)
 
 
-def test_a_cache_under_autograd_can_be_saved(tmp_path):
-    model, ids = tiny_model("pre_up_slstm"), random_ids(2, 20)
-    cache = model(ids).past_key_values
-    cache.save(str(tmp_path / "state.safetensors"))
-    assert_same_states(XLSTMCache.load(tmp_path / "state.safetensors", model.config), cache, 0)
+@torch.no_grad()
+@pytest.mark.parametrize("kind", TWO_KINDS)
+def test_forks_of_a_fork_and_of_a_cache_that_was_reset_are_forks(kind):
+    model, ids = tiny_model(kind), random_ids(2, 20)
+    cache = cache_after(model, ids)
+    continues_as(model, cache.fork(2).fork(3), cache_after(model, ids.repeat_interleave(6, 0)), 20)
+    cache.reset()
+    for empty in (cache.fork(2), XLSTMCache(model.config).fork(2)):
+        assert empty.get_seq_length() == 0
+        assert torch.equal(model(ids, past_key_values=empty).logits, model(ids).logits)
+        assert_same_states(empty, cache_after(model, ids), 0)
 
 
-def test_an_empty_cache_is_not_saved(tmp_path):
-    with pytest.raises(ValueError, match="Only a cache with states can be saved, got one that has seen no tokens"):
-        XLSTMCache(tiny_config()).save(tmp_path / "state.safetensors")
-    assert list(tmp_path.iterdir()) == []
+def test_a_fork_passes_gradients_to_the_prompt():
+    model, ids = tiny_model("pre_up_slstm"), random_ids(1, 20)
+    new = random_ids(3, 5, seed=1)
+    grads = []
+    for forked in (True, False):
+        embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+        if forked:
+            cache = model(inputs_embeds=embeds).past_key_values.fork(3)
+        else:
+            cache = model(inputs_embeds=embeds.expand(3, -1, -1)).past_key_values
+        model(new, past_key_values=cache).logits.square().mean().backward()
+        grads.append(embeds.grad)
+    assert grads[0].any()
+    assert_near(*grads, 1e-4)
 
 
-def test_files_that_are_no_such_cache_are_refused(tmp_path):
-    path, config = tmp_path / "state.safetensors", tiny_config("post_up_slstm")
-    with pytest.raises(FileNotFoundError):
-        XLSTMCache.load(path, config)
-    path.write_text("not safetensors")
-    with pytest.raises(ValueError, match="must be a safetensors file written by XLSTMCache.save"):
-        XLSTMCache.load(path, config)
-    save_file({"weight": torch.zeros(2)}, path)
-    with pytest.raises(ValueError, match=r"must hold the state of blocks \['mlstm', 'slstm'\], got None"):
-        XLSTMCache.load(path, config)
+@pytest.mark.parametrize("n", [0, -1, 2.0, None])
+def test_a_fork_is_of_at_least_one(n):
+    with pytest.raises(ValueError, match=f"n must be an integer of at least 1, got {n}"):
+        XLSTMCache(tiny_config()).fork(n)
 
 
-def test_the_cache_of_another_model_is_refused(tmp_path):
-    path, model = tmp_path / "state.safetensors", tiny_model("post_up_slstm")
-    cache_after(model, random_ids(2, 5)).save(path)
-    with pytest.raises(ValueError, match=r"blocks \['mlstm', 'mlstm'\], got \['mlstm', 'slstm'\]"):
-        XLSTMCache.load(path, tiny_config("post_up"))
-    tensors = load_file(path)
-    del tensors["layers.1.n"]
-    kinds = json.dumps(model.config.block_types)
-    save_file(tensors, path, metadata={"seen_tokens": "5", "block_types": kinds, "mlstm_input_gate": "exp"})
-    with pytest.raises(ValueError, match=r"must hold every state of layer 1, got none for layers.1.n"):
-        XLSTMCache.load(path, model.config)
-
-
-def test_the_cache_of_a_model_of_other_sizes_is_refused_by_the_model(tmp_path):
-    path, ids = tmp_path / "state.safetensors", random_ids(2, 5)
-    cache_after(tiny_model("slstm"), ids).save(path)
-    for fields, message in (
-        ({"hidden_size": 64}, r"the state of the convolution must have shape \(2, 3, 64\), got \(2, 3, 32\)"),
-        ({"slstm_num_heads": 4}, r"state.h must have shape \(2, 4, 8\), got \(2, 2, 16\)"),
-        ({"slstm_conv_kernel_size": 0}, "state.conv must be None, got one"),
-    ):
-        model = tiny_model("slstm", **fields)
-        with pytest.raises(ValueError, match=message):
-            model(ids, past_key_values=XLSTMCache.load(path, model.config))
-    cache_after(tiny_model("slstm", slstm_conv_kernel_size=0), ids).save(path)
-    model = tiny_model("slstm")
-    with pytest.raises(ValueError, match="state.conv must be that of the layer's convolution, got None"):
-        model(ids, past_key_values=XLSTMCache.load(path, model.config))
+@torch.no_grad()
+def test_a_fork_takes_back_what_it_has_recorded_itself_and_the_original_what_it_has():
+    model, ids, new = tiny_model("pre_up_slstm"), random_ids(1, 20), random_ids(3, 5, seed=1)
+    cache = cache_after(model, ids[:, :12])
+    cache.activate_past_recording()
+    model(ids[:, 12:], past_key_values=cache)
+    fork = cache.fork(3)
+    with pytest.raises(ValueError, match="of which 0 are recorded"):
+        fork.crop(-1)
+    fork.activate_past_recording()
+    model(new, past_key_values=fork)
+    fork.crop(-2)
+    rows = torch.cat((ids.expand(3, -1), new[:, :3]), 1)
+    continues_as(model, fork, cache_after(model, rows), 23)
+    cache.crop(-8)
+    continues_as(model, cache, cache_after(model, ids[:, :12]), 12)

@@ -330,7 +330,8 @@ def test_the_size_of_the_state_is_that_of_the_cache(kind, fields):
 def test_the_examples_of_the_help_are_valid(line):
     argv = shlex.split(line.partition("<")[0])
     args = build_parser().parse_args(argv)
-    assert (ROOT / (args.directory if argv[0] == "info" else args.model)) == DEMO
+    folders = {"info": lambda: args.directory, "generate": lambda: args.model, "serve": lambda: args.options[0]}
+    assert ROOT / folders[argv[0]]() == DEMO
 
 
 def program(*argv: object, **options) -> subprocess.Popen:
@@ -360,7 +361,7 @@ def test_help_shows_examples_and_every_command():
         out, _ = child.communicate()
     assert child.returncode == 0
     assert EXAMPLES.strip() in out
-    assert {"generate", "info"} <= set(out.split())
+    assert {"generate", "info", "serve"} <= set(out.split())
 
 
 def test_a_reader_that_stops_early_is_no_error(checkpoint):

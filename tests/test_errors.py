@@ -201,9 +201,9 @@ def test_a_mask_must_fit_the_past_and_the_new_tokens():
 @pytest.mark.parametrize(
     ("kind", "sentence"),
     [
-        ("post_up", r"state.C must have shape \(1, 2, 8, 16\), got \(2, 2, 8, 16\)"),
-        ("pre_up", r"the state of the convolution must have shape \(1, 3, 64\), got \(2, 3, 64\)"),
-        ("slstm", r"the state of the convolution must have shape \(1, 3, 32\), got \(2, 3, 32\)"),
+        ("post_up", r"C of layer 0 as .* of shape \(1, 2, 8, 16\) on cpu, got .* of shape \(2, 2, 8, 16\) on cpu"),
+        ("pre_up", r"C of layer 0 as .* of shape \(1, 2, 32, 32\) on cpu, got .* of shape \(2, 2, 32, 32\) on cpu"),
+        ("slstm", r"h of layer 0 as .* of shape \(1, 2, 16\) on cpu, got .* of shape \(2, 2, 16\) on cpu"),
     ],
 )
 def test_the_state_of_another_batch_is_refused_and_left_as_it_was(kind, sentence, length):
@@ -213,21 +213,6 @@ def test_the_state_of_another_batch_is_refused_and_left_as_it_was(kind, sentence
         model(ONE[:, :length], past_key_values=cache)
     assert cache.get_seq_length() == 20
     model(IDS[:, :length], past_key_values=cache)
-
-
-@pytest.mark.parametrize(
-    ("kind", "fields", "sentence"),
-    [
-        ("slstm", {}, r"must be of a model with blocks \['mlstm', 'mlstm'\], got blocks \['slstm', 'slstm'\]"),
-        ("pre_up", {}, "state.conv must be None, got one: the state is of another model"),
-        ("post_up", {"hidden_size": 64}, r"state.C must have shape \(2, 2, 8, 16\), got \(2, 2, 16, 32\)"),
-        ("post_up", {"num_heads": 4}, r"state.C must have shape \(2, 2, 8, 16\), got \(2, 4, 4, 8\)"),
-    ],
-)
-def test_the_state_of_another_model_is_refused(kind, fields, sentence):
-    cache = tiny_model(kind, **fields)(IDS).past_key_values
-    with pytest.raises(ValueError, match=sentence):
-        tiny_model("post_up")(IDS, past_key_values=cache)
 
 
 def test_a_layer_refuses_the_state_of_another_kind():
@@ -279,15 +264,6 @@ def test_generation_from_a_cache_needs_a_row_for_each_beam():
     with torch.no_grad():
         cache.batch_repeat_interleave(2)
     model.generate(ids, past_key_values=cache, num_beams=2, max_new_tokens=2)
-
-
-def test_a_state_in_another_precision_is_refused():
-    model = tiny_model("post_up")
-    cache = model(IDS).past_key_values
-    for layer in cache.layers:
-        layer.state = layer.state.map(torch.Tensor.bfloat16)
-    with pytest.raises(TypeError, match="state.C must be one of torch.float32, got torch.bfloat16"):
-        model(IDS, past_key_values=cache)
 
 
 @pytest.mark.parametrize("boundaries", ["cu_seq_lens_q", "position_ids"])

@@ -1,6 +1,7 @@
 """`generate` in all its modes gives what a model without cache gives, in one go or over the turns of a conversation."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -190,6 +191,58 @@ def test_text_streamers_print_and_yield_the_text(capsys):
     assert "".join(pieces) == text
 
 
+class ReaderGoneError(Exception):
+    pass
+
+
+class Leaves(Collect):
+    """A streamer whose reader goes away after some tokens, as that of a server does."""
+
+    def put(self, value):
+        super().put(value)
+        if len(self.tokens) > 12:
+            raise ReaderGoneError
+
+
+@pytest.mark.parametrize("kind", TWO_KINDS)
+def test_a_text_given_up_in_the_middle_leaves_nothing_to_the_next(kind):
+    model, ids, other = tiny_model(kind), random_ids(1, 7), random_ids(1, 7, seed=1)
+    expected = greedy(tiny_model(kind), other, 15)
+    with pytest.raises(ReaderGoneError):
+        greedy(model, ids, 30, streamer=Leaves())
+    assert torch.equal(greedy(model, other, 15), expected)
+
+
+def test_a_reader_may_stop_a_text_in_the_middle():
+    model, ids, tokenizer, stop = tiny_model("pre_up_slstm"), random_ids(1, 7), letters_tokenizer(), threading.Event()
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+    options = {"streamer": streamer, "stopping_criteria": [lambda ids, scores: torch.tensor([stop.is_set()])]}
+    thread = threading.Thread(target=greedy, args=(model, ids, 100_000), kwargs=options)
+    thread.start()
+    pieces = [next(streamer) for _ in range(6)]
+    stop.set()
+    text = "".join((*pieces, *streamer))
+    thread.join()
+    assert 6 <= len(text) < 10_000
+    assert text == tokenizer.decode(greedy(model, ids, len(text))[0, 7:])
+
+
+@pytest.mark.parametrize("kind", TWO_KINDS)
+def test_threads_generate_from_one_model_at_once(kind):
+    model, start = tiny_model(kind), threading.Barrier(3, timeout=60)
+    prompts = [random_ids(1, 5), random_ids(1, 5, seed=1), random_ids(2, 19, seed=2)]
+    expected = [greedy(model, ids, 20) for ids in prompts]
+
+    def write(ids):
+        start.wait()
+        return [greedy(model, ids, 20) for _ in range(3)]
+
+    with ThreadPoolExecutor(3) as threads:
+        texts = list(threads.map(write, prompts))
+    for each, alone in zip(texts, expected, strict=True):
+        assert all(torch.equal(text, alone) for text in each)
+
+
 def test_a_stop_string_ends_the_text():
     model, ids, tokenizer = tiny_model("pre_up_slstm"), random_ids(1, 7), letters_tokenizer()
     free = greedy(model, ids, 20)
@@ -211,6 +264,38 @@ def test_the_text_generation_pipeline_completes_texts_of_different_lengths(kind)
     for batch_size in (1, 3):
         outputs = generate(prompts, batch_size=batch_size, **options)
         assert [output[0]["generated_text"] for output in outputs] == expected
+
+
+def test_the_text_generation_pipeline_continues_a_chat():
+    model, tokenizer = tiny_model("pre_up_slstm"), letters_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }};{% endfor %}"
+    chat = [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Why?"}]
+    ids = torch.tensor([tokenizer("Be brief;Why?;")["input_ids"]])
+    expected = tokenizer.decode(greedy(model, ids, 10)[0, -10:])
+    generate = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+    options = {"max_new_tokens": 10, "do_sample": False, "suppress_tokens": NEVER}
+    [output] = generate(chat, **options)
+    assert output["generated_text"] == [*chat, {"role": "assistant", "content": expected}]
+    outputs = generate([chat, chat[1:]], batch_size=2, **options)
+    assert outputs[0] == [output]
+    assert outputs[1][0]["generated_text"][:1] == chat[1:]
+
+
+def test_the_text_generation_pipeline_samples_several_texts_of_each_prompt():
+    model, tokenizer = tiny_model("pre_up_slstm"), letters_tokenizer()
+    generate = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+    options = {"max_new_tokens": 10, "do_sample": True, "suppress_tokens": NEVER}
+    texts = generate(["Once upon", "A"], batch_size=2, num_return_sequences=3, **options)
+    assert [len(of_prompt) for of_prompt in texts] == [3, 3]
+    for prompt, of_prompt in zip(("Once upon", "A"), texts, strict=True):
+        assert len({text["generated_text"] for text in of_prompt}) == 3
+        assert all(len(text["generated_text"]) == len(prompt) + 10 for text in of_prompt)
+        assert all(text["generated_text"].startswith(prompt) for text in of_prompt)
+
+
+def test_continuous_batching_is_refused():
+    with pytest.raises(NotImplementedError, match="pages the keys and values of attention, of which an xLSTM has none"):
+        tiny_model().generate_batch([[2, 3], [4]], max_new_tokens=2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -255,6 +340,38 @@ def test_an_assistant_speeds_up_the_same_text(kind, same):
     if same:
         assert len(passes.lengths) < 10
     assert max(passes.lengths[1:]) > 1
+
+
+class NeverCalled(BaseStreamer):
+    def put(self, value):
+        raise AssertionError("something was generated")
+
+    def end(self):
+        raise AssertionError("something was generated")
+
+
+@pytest.mark.parametrize("tokenizers", [{}, {"tokenizer": letters_tokenizer()}], ids=["none", "one"])
+def test_a_draft_with_another_vocabulary_is_refused_before_anything_is_generated(tokenizers):
+    model, assistant = tiny_model(), tiny_model(vocab_size=VOCAB + 1)
+    passes = CountingModel(model), CountingModel(assistant)
+    with pytest.raises(
+        ValueError,
+        match=r"^assistant_model must have the vocabulary of the model, 99 tokens, got one of 100; to translate "
+        r"between two vocabularies, give tokenizer and assistant_tokenizer too\.$",
+    ):
+        greedy(model, random_ids(1, 8), 5, assistant_model=assistant, streamer=NeverCalled(), **tokenizers)
+    assert [counted.lengths for counted in passes] == [[], []]
+
+
+def test_a_draft_with_another_vocabulary_is_translated_where_both_tokenizers_are_given():
+    tokenizer, other = letters_tokenizer(), letters_tokenizer()
+    other.add_tokens(["th"])
+    model, assistant = tiny_model(), tiny_model(vocab_size=VOCAB + 1)
+    ids = tokenizer("the other thing", return_tensors="pt").input_ids
+    drafts = CountingModel(assistant)
+    options = {"assistant_model": assistant, "tokenizer": tokenizer, "assistant_tokenizer": other}
+    assert torch.equal(greedy(model, ids, 20, **options), greedy(model, ids, 20))
+    assert drafts.lengths
 
 
 TURNS = (9, 1, 14)
@@ -341,6 +458,36 @@ def test_a_prompt_read_once_serves_several_continuations(kind):
     questions = random_ids(3, 4, seed=1)
     texts = torch.cat((prompt.expand(3, -1), questions), 1)
     assert torch.equal(greedy(model, texts, 10, past_key_values=cache), greedy(model, texts, 10))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", TWO_KINDS)
+def test_a_forked_prompt_is_read_once_and_continued_as_each_alone(kind):
+    model, prompts, questions = tiny_model(kind), random_ids(2, 20), random_ids(6, 4, seed=1)
+    cache = XLSTMCache(model.config)
+    passes = CountingModel(model)
+    model(input_ids=prompts, past_key_values=cache)
+    texts = torch.cat((prompts.repeat_interleave(3, 0), questions), 1)
+    together = greedy(model, texts, 10, past_key_values=cache.fork(3))
+    assert passes.lengths == [20, 4] + 9 * [1]
+    passes.handle.remove()
+    for text, row in zip(texts, together, strict=True):
+        assert torch.equal(row, greedy(model, text[None], 10)[0])
+    assert cache.get_seq_length() == 20
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", TWO_KINDS)
+def test_samples_from_a_forked_prompt_are_those_of_the_whole_text(kind):
+    model, prompts = tiny_model(kind), random_ids(2, 20)
+    cache = model(prompts[:, :-1]).past_key_values
+    options = {"do_sample": True, "temperature": 1.5, "num_return_sequences": 3, "max_new_tokens": 10}
+    texts = []
+    for past in (None, cache.fork(3), cache.fork(3)):
+        torch.manual_seed(7)
+        texts.append(model.generate(prompts, past_key_values=past, **options))
+    assert torch.equal(texts[1], texts[0]) and torch.equal(texts[2], texts[0])
+    assert len(texts[0].unique(dim=0)) == 6
 
 
 @pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 4}, {"num_beams": 2}], ids=str)

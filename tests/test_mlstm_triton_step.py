@@ -38,8 +38,8 @@ def inputs(B=2, H=3, K=24, V=17, *, dtype=torch.float32, gates=None, **options):
 
 def with_epilogue(x):
     """The same with an output gate, and weight and bias of the norm."""
-    B, H, V = x["v"].shape
-    ogate, weight, bias = torch.randn(B, H * V), torch.randn(H * V), torch.randn(H * V)
+    ogate = torch.randn(x["v"].flatten(-2).shape)
+    weight, bias = torch.randn(2, ogate.shape[-1])
     return x | {name: t.to(x["v"].dtype) for name, t in zip(EPILOGUE, (ogate, weight, bias), strict=True)}
 
 
@@ -57,28 +57,24 @@ def step(x, *, mask=None, input_gate="exp", gate_soft_cap=None, eps=1e-6):
     return results(*triton_step.mlstm_step(*on_device(x, MLSTM_TOKENS + STATE), mask, input_gate, gate_soft_cap, eps))
 
 
-def step_in_place(x, *, mask=None, input_gate="exp", gate_soft_cap=None, eps=1e-6, counter=None):
-    mask = None if mask is None else mask.to(DEVICE)
-    tokens, state = on_device(x, MLSTM_TOKENS), [t.clone() for t in on_device(x, STATE)]
-    h = triton_step.mlstm_step_(*tokens, *state, mask, input_gate, gate_soft_cap, eps, counter)
-    return results(h, *state)
+def with_time(x, names):
+    """Those of one step as those of a sequence of one, on the device."""
+    return [t.unsqueeze(1) for t in on_device(x, names)]
 
 
-def gated(x, *, mask=None, input_gate="exp", gate_soft_cap=None, eps=1e-6, norm_eps=1e-5, offset=0.0, counter=None):
-    mask = None if mask is None else mask.to(DEVICE)
-    tensors = on_device(x, (*MLSTM_TOKENS, "ogate", *STATE, "weight", "bias"))
-    options = (mask, input_gate, gate_soft_cap, eps, norm_eps, offset, counter)
-    return results(*triton_step.mlstm_step_gated(*tensors, *options))
+def step_in_place(x, *, mask=None, input_gate="exp", gate_soft_cap=None, eps=1e-6):
+    mask = None if mask is None else mask.to(DEVICE).unsqueeze(1)
+    tokens, state = with_time(x, MLSTM_TOKENS), [t.clone() for t in on_device(x, STATE)]
+    h = triton_step.mlstm_steps_(*tokens, *state, mask, input_gate, gate_soft_cap, eps)
+    return results(h.squeeze(1), *state)
 
 
-def gated_in_place(
-    x, *, mask=None, input_gate="exp", gate_soft_cap=None, eps=1e-6, norm_eps=1e-5, offset=0.0, counter=None
-):
-    mask = None if mask is None else mask.to(DEVICE)
-    tokens, state = on_device(x, (*MLSTM_TOKENS, "ogate")), [t.clone() for t in on_device(x, STATE)]
-    options = (mask, input_gate, gate_soft_cap, eps, norm_eps, offset, counter)
-    y = triton_step.mlstm_step_gated_(*tokens, *state, *on_device(x, ("weight", "bias")), *options)
-    return results(y, *state)
+def gated(x, *, mask=None, input_gate="exp", gate_soft_cap=None, eps=1e-6, norm_eps=1e-5, offset=0.0):
+    mask = None if mask is None else mask.to(DEVICE).unsqueeze(1)
+    tokens, state = with_time(x, (*MLSTM_TOKENS, "ogate")), [t.clone() for t in on_device(x, STATE)]
+    options = (mask, input_gate, gate_soft_cap, eps, norm_eps, offset)
+    y = triton_step.mlstm_steps_gated_(*tokens, *state, *on_device(x, ("weight", "bias")), *options)
+    return results(y.squeeze(1), *state)
 
 
 def definition(x, *, mask=None, input_gate="exp", gate_soft_cap=None, eps=1e-6):
@@ -256,36 +252,112 @@ def test_the_output_gate_may_be_a_slice():
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("B, H, K, V", [(2, 3, 24, 17), (1, 1, 1, 1), (2, 1, 130, 3), (1, 2, 8, 130)])
 def test_in_place_is_out_of_place_bit_for_bit(B, H, K, V, masked):
-    x = with_epilogue(inputs(B, H, K, V))
+    x = inputs(B, H, K, V)
     mask = torch.rand(B) > 0.5 if masked else None
     assert_same(step_in_place(x, mask=mask), step(x, mask=mask))
-    assert_same(gated_in_place(x, mask=mask), gated(x, mask=mask))
 
 
 def test_the_state_is_not_modified_out_of_place():
-    x = with_epilogue(inputs())
+    x = inputs()
     before = {name: t.clone() for name, t in x.items()}
     step(x)
-    gated(x)
     assert all(torch.equal(t, before[name]) for name, t in x.items())
 
 
-def test_a_counter_serves_any_number_of_steps():
-    x = with_epilogue(inputs(2, 3, 8, 130))
-    counter = torch.zeros(2, 3, dtype=torch.int32, device=DEVICE)
-    for op in (step_in_place, gated, gated_in_place) * 2:
-        assert_same(op(x, counter=counter), op(x))
-        assert not counter.any()
-
-
 @pytest.mark.parametrize("name", STATE)
-def test_a_state_with_gaps_is_read_but_not_updated_in_place(name):
+def test_a_state_with_gaps_is_read_but_not_overwritten(name):
     x = {key: t.to(DEVICE) for key, t in inputs().items()}
     gaps = x | {name: torch.stack((x[name], x[name]), -1)[..., 0]}
     assert_same(step(gaps), step(x))
-    tensors = on_device(gaps, MLSTM_TOKENS + STATE)
-    with pytest.raises(ValueError, match=f"state.{name} must be contiguous to be updated in place, got strides"):
-        triton_step.mlstm_step_(*tensors, None, "exp", None, 1e-6)
+    with pytest.raises(ValueError, match=f"state.{name} must be contiguous to be overwritten, got strides"):
+        triton_step.mlstm_steps_(*with_time(gaps, MLSTM_TOKENS), *on_device(gaps, STATE), None, "exp", None, 1e-6)
+
+
+# a few steps
+
+
+def sequence(B, T, H=8, K=12, V=20, dtype=torch.float32):
+    """Tokens of T steps, `[B, T, H, ...]`, and the state before them, with an output gate and a norm."""
+    return with_epilogue(rounded(mlstm_inputs(B, T, H, K, V), dtype))
+
+
+def steps(x, *, mask=None, input_gate="exp"):
+    tokens, state = on_device(x, MLSTM_TOKENS), [t.clone() for t in on_device(x, STATE)]
+    mask = None if mask is None else mask.to(DEVICE)
+    return results(triton_step.mlstm_steps_(*tokens, *state, mask, input_gate, 15.0, 1e-6), *state)
+
+
+def gated_steps(x, *, mask=None, input_gate="exp"):
+    tokens, state = on_device(x, (*MLSTM_TOKENS, "ogate")), [t.clone() for t in on_device(x, STATE)]
+    options = (None if mask is None else mask.to(DEVICE), input_gate, 15.0, 1e-6, 1e-5, 0.0)
+    y = triton_step.mlstm_steps_gated_(*tokens, *state, *on_device(x, ("weight", "bias")), *options)
+    return results(y, *state)
+
+
+def steps_one_by_one(x, one, *, mask=None, input_gate="exp"):
+    h, state = [], MLSTMState(*(x[name] for name in STATE))
+    for t in range(x["q"].shape[1]):
+        now = x | {name: x[name][:, t] for name in (*MLSTM_TOKENS, "ogate")} | state._asdict()
+        masked = None if mask is None else mask[:, t]
+        h_t, state = one(now, mask=masked, input_gate=input_gate, gate_soft_cap=15.0)
+        h.append(h_t)
+    return torch.stack(h, 1), state
+
+
+STEPS = {"steps": (steps, step_in_place, definition), "gated steps": (gated_steps, gated, gated_definition)}
+
+
+@pytest.mark.parametrize("op", STEPS)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("input_gate", INPUT_GATES)
+@pytest.mark.parametrize("B, T", [(4, 2), (2, 5), (1, 16)])
+def test_a_few_steps_are_one_after_the_other(B, T, input_gate, masked, op):
+    x, mask = sequence(B, T), torch.rand(B, T) > 0.4 if masked else None
+    run, one, reference = STEPS[op]
+    options = {"mask": mask, "input_gate": input_gate}
+    actual = run(x, **options)
+    oracle, baseline = (steps_one_by_one(y, reference, **options) for y in (doubled(x), x))
+    assert_each(assert_matches, *({"output": h, **state._asdict()} for h, state in (actual, oracle, baseline)))
+    assert_same(actual, steps_one_by_one(x, one, **options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", STEPS)
+def test_a_few_steps_err_like_the_definition_in_every_dtype(op, dtype):
+    x = sequence(4, 5, dtype=dtype)
+    run, _, reference = STEPS[op]
+    runs = (run(x), steps_one_by_one(doubled(x), reference), steps_one_by_one(x, reference))
+    assert_each(assert_matches, *({"output": h, **state._asdict()} for h, state in runs))
+
+
+def test_padded_steps_leave_the_state_as_it_was():
+    x, mask = sequence(3, 6, 2), torch.tensor([[True] * 3 + [False] * 3, [False] * 6, [False, True] * 3])
+    junk = {name: x[name].clone() for name in MLSTM_TOKENS}
+    for t in junk.values():
+        t[~mask] = math.nan
+    _, state = steps(x | junk, mask=mask)
+    assert_same(gated_steps(x | junk, mask=mask), gated_steps(x, mask=mask))
+    for row in range(3):
+        real = {name: x[name][row : row + 1, mask[row]] for name in MLSTM_TOKENS}
+        expected = {name: x[name][row : row + 1] for name in STATE}
+        if mask[row].any():
+            expected = steps(real | expected)[1]._asdict()
+        for name, tensor in state._asdict().items():
+            assert torch.equal(tensor[row : row + 1], expected[name]), name
+
+
+@pytest.mark.parametrize("op", STEPS)
+def test_steps_may_be_views_of_the_projections_of_a_layer(op):
+    x, run = sequence(2, 5, 2, 24, 40), STEPS[op][0]
+    views = {}
+    for names in (("q", "k", "v", "ogate"), ("igate", "fgate")):
+        flat = torch.cat([x[name].view(2, 5, -1) for name in names], -1).to(DEVICE)
+        parts = flat.split([x[name][0, 0].numel() for name in names], -1)
+        views |= {name: part.view(x[name].shape) for name, part in zip(names, parts, strict=True)}
+    assert not any(t.is_contiguous() for t in views.values())
+    mask = torch.rand(2, 5) > 0.3
+    sparse = torch.stack((mask, ~mask), -1).to(DEVICE)[..., 0]
+    assert_same(run(x | views, mask=sparse), run(x, mask=mask))
 
 
 @pytest.mark.skipif(not GPU, reason="programs of the interpreter run one after the other")
@@ -294,19 +366,15 @@ def test_results_do_not_depend_on_the_order_of_programs():
     expected = gated(x)
     for _ in range(200):
         assert_same(gated(x), expected)
-        assert_same(gated_in_place(x), expected)
 
 
 @pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
-@pytest.mark.parametrize("own_counter", [False, True])
-def test_a_captured_step_goes_on_with_the_state_at_each_replay(own_counter):
+def test_a_captured_step_goes_on_with_the_state_at_each_replay():
     x = with_epilogue(inputs(2, 4, 64, 128, dtype=torch.bfloat16))
-    tokens, weights = on_device(x, (*MLSTM_TOKENS, "ogate")), on_device(x, ("weight", "bias"))
-    counter = torch.zeros(2, 4, dtype=torch.int32, device=DEVICE) if own_counter else None
-    options = (None, "exp", None, 1e-6, 1e-5, 0.0, counter)
+    tokens, weights = with_time(x, (*MLSTM_TOKENS, "ogate")), on_device(x, ("weight", "bias"))
 
     def run(state):
-        return triton_step.mlstm_step_gated_(*tokens, *state, *weights, *options)
+        return triton_step.mlstm_steps_gated_(*tokens, *state, *weights, None, "exp", None, 1e-6, 1e-5, 0.0)
 
     eager, captured = (on_device(x, STATE) for _ in range(2))
     expected = [run(eager) for _ in range(3)]
@@ -323,14 +391,15 @@ def test_a_captured_step_goes_on_with_the_state_at_each_replay(own_counter):
 def test_nothing_is_compiled_again_for_another_batch():
     def run(B):
         x = with_epilogue(inputs(B, 2, 24, 40, dtype=torch.bfloat16))
-        for op in (step, step_in_place, gated, gated_in_place):
+        for op in (step, step_in_place, gated):
             op(x)
             op(x, mask=torch.rand(B) > 0.5)
         return sum(len(cache) for cache, *_ in triton_step.mlstm_step_kernel.device_caches.values())
 
-    compiled = run(1)
+    run(1)  # which is started early on a GPU that can do that
+    compiled = run(2)
     assert compiled > 0
-    assert [run(B) for B in (2, 3, 16, 33)] == [compiled] * 4
+    assert [run(B) for B in (1, 3, 16, 33)] == [compiled] * 4
 
 
 # gradients, and the ops to PyTorch
@@ -378,27 +447,26 @@ def test_the_step_keeps_the_promises_of_a_custom_op(input_gate, masked):
     torch.library.opcheck(op, (*tensors, mask, input_gate, 15.0, 1e-6))
 
 
-@pytest.mark.parametrize("own_counter", [False, True])
-@pytest.mark.parametrize("name", ["mlstm_step_triton_", "mlstm_step_gated_triton", "mlstm_step_gated_triton_"])
-def test_the_other_ops_keep_the_promises_of_custom_ops(name, own_counter):
+@pytest.mark.parametrize("name", ["mlstm_steps_triton_", "mlstm_steps_gated_triton_"])
+def test_the_ops_in_place_keep_the_promises_of_custom_ops(name):
     x = with_epilogue(inputs(2, 1, 4, 3))
-    counter = torch.zeros(2, 1, dtype=torch.int32, device=DEVICE) if own_counter else None
+    options = (None, "exp", None, 1e-6)
     if "gated" in name:
-        tensors = on_device(x, (*MLSTM_TOKENS, "ogate", *STATE, "weight", "bias"))
-        arguments = (*tensors, None, "exp", None, 1e-6, 1e-5, 0.0, counter)
+        tokens, weights = with_time(x, (*MLSTM_TOKENS, "ogate")), on_device(x, ("weight", "bias"))
+        arguments = (*tokens, *on_device(x, STATE), *weights, *options, 1e-5, 0.0)
     else:
-        arguments = (*on_device(x, MLSTM_TOKENS + STATE), None, "exp", None, 1e-6, counter)
+        arguments = (*with_time(x, MLSTM_TOKENS), *on_device(x, STATE), *options)
     torch.library.opcheck(getattr(torch.ops.modeling_xlstm, name), arguments)
 
 
 def test_a_compiled_step_in_place_is_the_eager_one():
     torch._dynamo.reset()
     x = with_epilogue(inputs())
-    tokens, weights = on_device(x, (*MLSTM_TOKENS, "ogate")), on_device(x, ("weight", "bias"))
+    tokens, weights = with_time(x, (*MLSTM_TOKENS, "ogate")), on_device(x, ("weight", "bias"))
     options = (None, "exp", 15.0, 1e-6, 1e-5, 0.0)
 
     def run(state):
-        return triton_step.mlstm_step_gated_(*tokens, *state, *weights, *options)
+        return triton_step.mlstm_steps_gated_(*tokens, *state, *weights, *options)
 
     eager, compiled = ([t.clone() for t in on_device(x, STATE)] for _ in range(2))
     y = torch.compile(run, fullgraph=True, backend="aot_eager")(compiled)

@@ -5,6 +5,8 @@ import torch
 from models import tiny_model
 from triton_device import DEVICE, GPU, needs_somewhere_to_run
 
+from modeling_xlstm import export_decode, export_prefill, initial_states
+
 
 pytestmark = needs_somewhere_to_run
 
@@ -70,3 +72,19 @@ def test_a_compiled_model_has_one_graph():
     _, model = pair("post_up")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(tokens).logits, model(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["post_up", "pre_up_slstm"])
+@torch.no_grad()
+def test_exported_programs_call_the_kernels(kind):
+    on_torch, on_triton = pair(kind)
+    tokens, results = ids(2, 6), []
+    mask = (torch.arange(6, device=DEVICE) >= torch.tensor([[2], [0]], device=DEVICE)).long()
+    for model, backend in ((on_torch, "torch"), (on_triton, "triton")):
+        prefill, decode = export_prefill(model, backend), export_decode(model, backend)
+        calls = {str(x.target) for program in (prefill, decode) for x in program.graph.nodes}
+        assert any("_triton" in call for call in calls) == (backend == "triton")
+        logits, state = prefill.module()(tokens, mask, **initial_states(model, 2))
+        next_logits, state = decode.module()(tokens[:, :1], **state)
+        results.append((logits, next_logits, *state.values()))
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)

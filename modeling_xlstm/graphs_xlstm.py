@@ -1,0 +1,286 @@
+"""CUDA graphs of short forward passes, which `generate` replays: a GPU is not kept waiting for launches.
+
+A graph is captured once for a batch size and a number of tokens, and reads and writes memory at the addresses that it
+was captured with. So the states of one cache at a time live in memory that the graphs of a model share: a cache moves
+in when it is used, and the one that lived there moves out, as all do when something else than a graph is to use them.
+Graphs are kept from one `generate` to the next as long as the model is the same, its weights at the same addresses.
+
+Dims: `B` batch `T` time `L` layers `D` hidden size.
+"""
+
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from .cache_xlstm import XLSTMCache
+from .checks import state_dtype
+
+
+logger = logging.get_logger(__name__)
+
+# Tokens of a pass that is worth a graph, and of all its rows together: more keep a GPU busy by themselves.
+LONGEST, MOST = 16, 64
+
+
+class Step(NamedTuple):
+    """A captured pass: what it reads, what it writes, and the inputs `[B, T, D]` of each layer."""
+
+    graph: torch.cuda.CUDAGraph
+    ids: Tensor  # [B, T]
+    mask: Tensor | None  # [B, T] bool
+    logits: Tensor  # [B, T, vocab_size]
+    inputs: tuple[Tensor, ...]
+
+
+class StepGraphs:
+    """The graphs of one model. A call is a forward pass of few tokens without gradients."""
+
+    def __init__(self, model: Any):
+        self.model: Any = weakref.ref(model)
+        self.lock = threading.RLock()
+        self.key: tuple = ()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets graphs and memory; the cache that lives there moves out."""
+        with self.lock:
+            if self.key:
+                self._move_out()
+            self.steps: dict[tuple, Step] = {}
+            self.redos: dict[tuple, torch.cuda.CUDAGraph] = {}
+            self.memory: Any = None  # a tensor
+            self.pool: Any = None
+            self.homes: dict[int, XLSTMCache] = {}  # by batch size: their states are views of the memory
+            self.home: Any = None  # the one in use
+            self.tenant: Any = lambda: None  # the cache whose states these are
+
+    # who may use them
+
+    @staticmethod
+    def obstacle(model: Any) -> str | None:
+        """Why no pass of this model can be captured, if none can."""
+        if model.device.type != "cuda":
+            return f"it is on {model.device}"
+        if model.training:
+            return "it is in training mode"
+        if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+            return "it is spread over devices"
+        if any(p.device != model.device for p in model.parameters()):
+            return "its weights are on several devices"
+        quantizer = getattr(model, "hf_quantizer", None)
+        if quantizer is not None and not quantizer.is_compileable:
+            return "the kernels for its quantised weights wait for the GPU"
+        for name, module in model.named_modules():
+            if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+                return f"{name or 'it'} is hooked"
+        if torch.is_autocast_enabled("cuda"):
+            return "autocast is on"
+        return None
+
+    def prepare(self, batch_size: int) -> None:
+        """Captures a step of one token each, unless there is one. Graphs of what was another model are dropped."""
+        model = self.model()
+        key = _key(model)
+        with self.lock:
+            if key != self.key or not _is_known(model):
+                self.clear()
+                self.key = key
+            if (batch_size, 1, False) not in self.steps:
+                self._move_out()
+                self._settle(batch_size)
+                self._step(batch_size, 1, False)
+
+    def vacate(self) -> None:
+        """Lets the cache that lives here move out, so that others than the graphs may use it."""
+        with self.lock:
+            self._move_out()
+
+    @staticmethod
+    def fits(ids: Tensor | None, cache: XLSTMCache | None) -> bool:
+        """Whether a pass is short enough, and continues a text."""
+        return (
+            ids is not None
+            and cache is not None
+            and ids.dim() == 2
+            and ids.shape[1] <= LONGEST
+            and (ids.shape[1] == 1 or ids.shape[0] * _bucket(ids.shape[1]) <= MOST)
+            and not any(layer.is_empty for layer in cache.layers)
+            and cache.layers[0].batch_size == ids.shape[0]
+        )
+
+    # passes
+
+    def __call__(self, ids: Tensor, mask: Tensor | None, cache: XLSTMCache) -> Tensor:
+        """Logits `[B, T, vocab_size]` of ids `[B, T]`, whose padding `mask` `[B, T]` tells; the cache reads on."""
+        B, T = ids.shape
+        bucket = _bucket(T)
+        with self.lock, torch.inference_mode(False), torch.no_grad():
+            self._move_in(cache, B)
+            step = self._step(B, bucket, mask is not None or T > 1)
+            before = self.memory.clone() if cache.is_recording else None
+            step.ids[:, :T].copy_(ids)
+            if step.mask is not None:
+                step.mask[:, T:] = False
+                step.mask[:, :T] = True if mask is None else mask
+            step.graph.replay()
+            logits = step.logits[:, :T].clone()
+            cache.advance(T, ids.device)
+            if before is not None:
+                inputs = None if T == 1 else tuple(x.clone() for x in step.inputs)
+                cache.record(T, partial(self._undo, before, inputs, mask))
+        return logits
+
+    def _step(self, B: int, T: int, masked: bool) -> Step:
+        if (B, T, masked) not in self.steps:
+            self.steps[B, T, masked] = self._capture(B, T, masked)
+        return self.steps[B, T, masked]
+
+    def _capture(self, B: int, T: int, masked: bool) -> Step:
+        model, home = self.model(), self.home
+        ids = torch.zeros(B, T, dtype=torch.int64, device=model.device)
+        mask = torch.ones(B, T, dtype=torch.bool, device=model.device) if masked else None
+
+        def run():
+            return model(ids, attention_mask=mask, past_key_values=home, output_hidden_states=T > 1, return_dict=True)
+
+        graph, outputs = self._record(run)
+        return Step(graph, ids, mask, outputs.logits, outputs.hidden_states[:-1] if T > 1 else ())
+
+    def _record(self, run) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """A graph of `run`, and what it returned. The states are those from before."""
+        before = None if self.tenant() is None else self.memory.clone()
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), quiet():
+            run()  # compiles kernels, and makes what libraries keep
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"), quiet():
+            outputs = run()
+        if before is not None:
+            self.memory.copy_(before)
+        return graph, outputs
+
+    # taking tokens back
+
+    def _undo(self, before: Tensor, inputs: tuple | None, mask: Tensor | None, cache: XLSTMCache, kept: int) -> None:
+        with self.lock, torch.inference_mode(False), torch.no_grad():
+            B = cache.layers[0].batch_size
+            self._move_in(cache, B)
+            self.memory.copy_(before)
+            if kept:
+                T = _bucket(inputs[0].shape[1])
+                redo, step = self._redo(B, T), self._step(B, T, True)
+                for static, x in zip(step.inputs, inputs, strict=True):
+                    static.copy_(x)
+                step.mask[:, kept:] = False
+                step.mask[:, :kept] = True if mask is None else mask[:, :kept]
+                redo.replay()
+            if ACTIVE.get() is None:
+                self._move_out()
+
+    def _redo(self, B: int, T: int) -> torch.cuda.CUDAGraph:
+        if (B, T) not in self.redos:
+            step, blocks, home = self._step(B, T, True), self.model().model.layers, self.home
+
+            def run():
+                for block, x, layer in zip(blocks, step.inputs, home.layers, strict=True):
+                    layer.update(block.mixer(block.mixer_norm(x), layer.state, mask=step.mask)[1])
+
+            self.redos[B, T], _ = self._record(run)
+        return self.redos[B, T]
+
+    # whose states they are
+
+    def _settle(self, B: int) -> None:
+        """Makes the memory that of `B` rows. Nobody may live there."""
+        model = self.model()
+        if B not in self.homes:
+            home = XLSTMCache(model.config)
+            needed = home.numbers(B)
+            with torch.inference_mode(False), torch.no_grad():
+                if self.memory is None or self.memory.numel() < needed:
+                    self.steps, self.redos, self.homes, self.pool = {}, {}, {}, None
+                    self.memory = torch.zeros(needed, dtype=state_dtype(model.dtype), device=model.device)
+                home.take(self.memory, B)
+                home.seen_tokens = torch.zeros((), dtype=torch.int64, device=model.device)
+            for layer in home.layers:
+                layer.is_empty = False
+            self.homes[B] = home
+        self.home = self.homes[B]
+
+    def _is_in(self, cache: XLSTMCache) -> bool:
+        homes = self.home.layers
+        return all(
+            a.state is not None and a.state.cell is b.state.cell for a, b in zip(cache.layers, homes, strict=True)
+        )
+
+    def _move_in(self, cache: XLSTMCache, B: int) -> None:
+        if self.tenant() is cache and self._is_in(cache):
+            return
+        if self.tenant() is not cache:
+            self._move_out()
+        states = [layer.state for layer in cache.layers]
+        self._settle(B)
+        for layer, home, state in zip(cache.layers, self.home.layers, states, strict=True):
+            home.update(state)
+            layer.state = home.state
+        self.tenant = weakref.ref(cache)
+
+    def _move_out(self) -> None:
+        cache = self.tenant()
+        self.tenant = lambda: None
+        if cache is None or not self._is_in(cache):  # or it has left by itself
+            return
+        empty = [layer.is_empty for layer in cache.layers]
+        cache.take(self.memory.clone(), self.home.layers[0].batch_size)
+        for layer, is_empty in zip(cache.layers, empty, strict=True):
+            layer.is_empty = is_empty
+
+
+def _bucket(T: int) -> int:
+    return 1 << (T - 1).bit_length()
+
+
+def _key(model: Any) -> tuple:
+    """What graphs of a model depend on, as far as that can change."""
+    addresses = tuple(x.data_ptr() for x in (*model.parameters(), *model.buffers()))
+    return addresses, tuple(getattr(module, "backend", None) for module in model.modules())
+
+
+def _is_known(model: nn.Module) -> bool:
+    """Whether all modules are of PyTorch or of this package: what others do may change from call to call."""
+    roots = ("torch.nn.", __name__.rpartition(".")[0] + ".")
+    return all(f"{type(module).__module__}.".startswith(roots) for module in model.modules())
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, models make their passes themselves."""
+    token = ACTIVE.set(None)
+    try:
+        yield
+    finally:
+        ACTIVE.reset(token)
+
+
+# the graphs that the models of this thread replay: set inside of `generate`
+ACTIVE: ContextVar[StepGraphs | None] = ContextVar("ACTIVE", default=None)
+_GRAPHS: weakref.WeakKeyDictionary[nn.Module, StepGraphs] = weakref.WeakKeyDictionary()
+
+
+def graphs_of(model: nn.Module) -> StepGraphs:
+    """The graphs of a model, which live as long as it does."""
+    if model not in _GRAPHS:
+        _GRAPHS[model] = StepGraphs(model)
+    return _GRAPHS[model]

@@ -1,0 +1,152 @@
+"""Steps of `generate` replayed as CUDA graphs write what the steps themselves write."""
+
+import threading
+
+import pytest
+import torch
+from models import KINDS, TWO_KINDS, random_ids, tiny_model
+
+from modeling_xlstm.graphs_xlstm import StepGraphs, graphs_of
+
+
+GPU = torch.cuda.is_available()
+needs_gpu = pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
+NEVER = [0, 1]
+
+
+def cuda_model(kind="post_up", **fields):
+    return tiny_model(kind, **fields).to("cuda")
+
+
+def ids_of(*size, **kwargs):
+    return random_ids(*size, **kwargs).to("cuda")
+
+
+def write(model, ids, tokens=30, **kwargs):
+    options = {"do_sample": False, "suppress_tokens": NEVER, **kwargs}
+    return model.generate(ids, max_new_tokens=tokens, **options)
+
+
+def eager(model, ids, tokens=30, **kwargs):
+    return write(model, ids, tokens, disable_compile=True, **kwargs)
+
+
+def captured(model):
+    return set(graphs_of(model).steps)
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_replayed_steps_write_the_same_text(kind):
+    model, ids = cuda_model(kind), ids_of(3, 7)
+    expected = eager(model, ids)
+    assert not captured(model)
+    assert torch.equal(write(model, ids), expected)
+    assert captured(model) == {(3, 1, False)}
+    assert torch.equal(write(model, ids), expected)
+    assert torch.equal(write(model, ids[:2]), expected[:2])
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_of_mixed_lengths_writes_what_its_texts_do(kind):
+    model, lengths = cuda_model(kind), (1, 5, 19)
+    texts = [ids_of(1, length, seed=length)[0] for length in lengths]
+    ids = torch.stack([torch.cat((text.new_ones(19 - len(text)), text)) for text in texts])
+    mask = torch.stack([torch.arange(19, device="cuda") >= 19 - length for length in lengths]).long()
+    together = write(model, ids, attention_mask=mask)[:, -30:]
+    for text, row in zip(texts, together, strict=True):
+        assert torch.equal(write(model, text[None])[0, -30:], row)
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", TWO_KINDS)
+def test_sampling_and_beams_are_the_same(kind):
+    model, ids = cuda_model(kind), ids_of(2, 7)
+    for options in ({"do_sample": True, "num_return_sequences": 3}, {"num_beams": 4}):
+        torch.manual_seed(7)
+        expected = eager(model, ids, **options)
+        torch.manual_seed(7)
+        assert torch.equal(write(model, ids, **options), expected)
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompt_lookup_and_drafts_write_the_same_text(kind):
+    model, ids = cuda_model(kind), ids_of(1, 8).repeat(1, 3)
+    draft = cuda_model("post_up", hidden_size=16)
+    expected = eager(model, ids)
+    assert torch.equal(write(model, ids, prompt_lookup_num_tokens=5), expected)
+    assert any(T > 1 for _, T, _ in captured(model))
+    assert torch.equal(write(model, ids, assistant_model=draft), expected)
+    assert torch.equal(write(model, ids, assistant_model=cuda_model(kind)), expected)
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", TWO_KINDS)
+def test_caches_take_turns(kind):
+    model, ids = cuda_model(kind), ids_of(2, 9)
+    text = eager(model, ids, 20)
+    caches = [write(model, row[None], 4, return_dict_in_generate=True).past_key_values for row in ids]
+    rows = [text[i : i + 1, :13] for i in range(2)]
+    for length in (17, 21, 25, 29):
+        for i, cache in enumerate(caches):
+            rows[i] = write(model, rows[i], 4, past_key_values=cache)
+            assert torch.equal(rows[i], text[i : i + 1, :length])
+            assert cache.get_seq_length() == length - 1
+
+
+@needs_gpu
+def test_threads_share_a_model():
+    model, ids = cuda_model("post_up_slstm"), ids_of(4, 9)
+    expected, texts = eager(model, ids, 40), {}
+    threads = [
+        threading.Thread(target=lambda i=i: texts.update({i: write(model, ids[i : i + 1], 40)})) for i in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(texts[i], expected[i : i + 1]) for i in range(4))
+
+
+@needs_gpu
+def test_other_weights_are_seen():
+    model, ids = cuda_model(), ids_of(2, 7)
+    write(model, ids)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(torch.randn_like(model.lm_head.weight))
+    assert torch.equal(write(model, ids), eager(model, ids))
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    assert torch.equal(write(model, ids), eager(model, ids))
+    model.set_backend("torch")
+    assert torch.equal(write(model, ids), eager(model, ids))
+
+
+@needs_gpu
+def test_a_hook_is_called_at_every_step():
+    model, ids, calls = cuda_model(), ids_of(1, 7), []
+    model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    write(model, ids, 10)
+    assert len(calls) == 10
+    assert not captured(model)
+
+
+@needs_gpu
+def test_a_returned_cache_goes_on_outside_of_generate():
+    model, ids = cuda_model("pre_up_slstm"), ids_of(2, 9)
+    output = write(model, ids, 8, return_dict_in_generate=True)
+    cache, text = output.past_key_values, output.sequences
+    write(model, ids[:, :4], 5)  # moves the cache out
+    with torch.no_grad():
+        logits = model(text[:, -1:], past_key_values=cache).logits
+        torch.testing.assert_close(logits, model(text).logits[:, -1:], atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_on_a_cpu_is_not_captured():
+    assert StepGraphs.obstacle(tiny_model().to("cpu").eval()) == "it is on cpu"
+
+
+def test_generate_on_a_cpu_has_an_off_switch_too():
+    model, ids = tiny_model(), random_ids(2, 7)
+    assert torch.equal(eager(model, ids), write(model, ids))
