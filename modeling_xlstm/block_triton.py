@@ -1,9 +1,10 @@
-"""A block of xLSTM-7B for a few tokens in five kernels: what `XLSTMBlock` computes, for inference.
+"""A block of xLSTM-7B for a few tokens in six kernels: what `XLSTMBlock` computes, for inference.
 
 | kernel | reads | computes |
 |---|---|---|
 | product | q, k, v, o and gates | norm before it |
-| steps of the cell | its state | norm of heads and output gate behind them |
+| steps of the cell | its state | h |
+| the rest of the cell | h | n and m of the state, norm of heads and output gate |
 | product | output projection | residual |
 | product | gate and up projection | norm before it, SwiGLU behind it |
 | product | down projection | residual |

@@ -31,6 +31,12 @@ class LayerState(NamedTuple):
     conv: Tensor | None = None
     in_place: bool = False
 
+    @classmethod
+    def of(cls, kind: str, tensors: dict[str, Tensor]) -> "LayerState":
+        """The state of a block of `kind` that has these `tensors()`."""
+        conv = tensors.get("conv")
+        return cls(CELLS[kind](**{name: x for name, x in tensors.items() if name != "conv"}), conv)
+
     def map(self, fn: Callable[[Tensor], Tensor]) -> "LayerState":
         """The state with `fn` applied to each tensor."""
         conv = None if self.conv is None else fn(self.conv)
@@ -77,6 +83,11 @@ def _keep_address(x: Tensor) -> None:
     """Tells `torch.compile` that x stays where it is, without which it would not replay a step that writes to x."""
     if x.is_cuda and not torch.compiler.is_compiling():
         torch._dynamo.mark_static_address(x)
+
+
+def _in_lines(size: int) -> int:
+    """So many numbers, or more, that fill lines of memory."""
+    return -(-size // LINE) * LINE
 
 
 class Record(NamedTuple):
@@ -204,23 +215,21 @@ class XLSTMCache(Cache):
     def numbers(self, batch_size: int) -> int:
         """How many numbers the states of so many rows take, where each tensor starts at a line of memory."""
         return sum(
-            -(-batch_size * math.prod(shape) // LINE) * LINE
+            _in_lines(batch_size * math.prod(shape))
             for layer in self.layers
             for shape in self.shapes[layer.kind].values()
         )
 
     def take(self, memory: Tensor, batch_size: int) -> None:
-        """Makes views of `memory` `[numbers(batch_size)]` or longer the states of the layers, and the text empty."""
+        """Makes views of `memory` `[numbers(batch_size)]` or longer the states of the layers."""
         start = 0
         for layer in self.layers:
             tensors = {}
             for name, shape in self.shapes[layer.kind].items():
                 size = batch_size * math.prod(shape)
                 tensors[name] = memory[start : start + size].view(batch_size, *shape)
-                start += -(-size // LINE) * LINE
-            conv = tensors.pop("conv", None)
-            layer.state = LayerState(CELLS[layer.kind](**tensors), conv)
-            layer.is_empty = True
+                start += _in_lines(size)
+            layer.state = LayerState.of(layer.kind, tensors)
 
     def advance(self, tokens: int, device: torch.device) -> None:
         """Counts `tokens` more positions, padding included."""
@@ -453,8 +462,7 @@ class XLSTMCache(Cache):
         for i, (layer, block) in enumerate(zip(cache.layers, stack.layers, strict=True)):
             device = next(block.parameters()).device
             states = {name: tensors[f"layers.{i}.{name}"].to(device) for name in shapes[layer.kind]}
-            conv = states.pop("conv", None)
-            layer.update(LayerState(CELLS[layer.kind](**states), conv))
+            layer.update(LayerState.of(layer.kind, states))
         cache.advance(int(metadata["seen_tokens"]), device)
         return cache
 

@@ -22,14 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from .cache_xlstm import LayerState
+from .cache_xlstm import LayerState, state_shapes
 from .checks import state_dtype
-from .configuration_xlstm import XLSTMConfig
 from .fused import soft_cap
 from .linear import linear
-from .mlstm_torch import MLSTMState
 from .modeling_xlstm import XLSTMForCausalLM
-from .slstm_torch import SLSTMState
 
 
 def export_prefill(model: XLSTMForCausalLM, backend: str = "auto") -> ExportedProgram:
@@ -87,26 +84,11 @@ def initial_states(model: XLSTMForCausalLM, batch_size: int) -> dict[str, Tensor
     _check_model(model)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    dtype, states = state_dtype(model.dtype), {}
+    dtype, shapes, states = state_dtype(model.dtype), state_shapes(model.config), {}
     for i in range(model.config.num_hidden_layers):
-        for name, shape in _shapes(model.config, i).items():
+        for name, shape in shapes[model.config.block_types[i]].items():
             states[f"layers_{i}_{name}"] = torch.zeros(batch_size, *shape, dtype=dtype, device=model.device)
     return states
-
-
-def _shapes(config: XLSTMConfig, layer_idx: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of a layer's state, without the batch."""
-    shapes: dict[str, tuple[int, ...]]
-    if config.block_types[layer_idx] == "slstm":
-        H = config.slstm_num_heads
-        shapes = dict.fromkeys(SLSTMState._fields, (H, config.hidden_size // H))
-        kernel_size, channels = config.slstm_conv_kernel_size, config.hidden_size
-    else:
-        H = config.num_heads
-        K, V = config.qk_size // H, config.inner_size // H
-        shapes = {"C": (H, K, V), "n": (H, K), "m": (H,)}
-        kernel_size, channels = config.conv_kernel_size if config.mlstm_block == "pre_up" else 0, config.inner_size
-    return shapes | {"conv": (kernel_size - 1, channels)} if kernel_size else shapes
 
 
 class _Step(nn.Module):
@@ -123,14 +105,14 @@ class _Step(nn.Module):
     def _step(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **states: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        config, stack = self.model.config, self.model.model
+        config, stack, shapes = self.model.config, self.model.model, state_shapes(self.model.config)
         mask = None if attention_mask is None else attention_mask != 0
         x, new = stack.embed_tokens(input_ids), dict[str, Tensor]()
         for i, block in enumerate(stack.layers):
-            kind = SLSTMState if config.block_types[i] == "slstm" else MLSTMState
-            cell = kind(*(states[f"layers_{i}_{name}"] for name in kind._fields))
+            kind = config.block_types[i]
+            before = LayerState.of(kind, {name: states[f"layers_{i}_{name}"] for name in shapes[kind]})
             keep = 1 if i + 1 == len(stack.layers) else None
-            x, state = block(x, LayerState(cell, states.get(f"layers_{i}_conv")), mask=mask, keep=keep)
+            x, state = block(x, before, mask=mask, keep=keep)
             new |= {f"layers_{i}_{name}": tensor for name, tensor in state.tensors().items()}
         logits = soft_cap(linear(self.model.lm_head, stack.norm(x)), config.output_logit_soft_cap)
         return logits[:, -1], new

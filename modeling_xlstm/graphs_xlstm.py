@@ -18,13 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from .cache_xlstm import XLSTMCache
 from .checks import state_dtype
 
-
-logger = logging.get_logger(__name__)
 
 # Tokens of a pass that is worth a graph, and of all its rows together: more keep a GPU busy by themselves.
 LONGEST, MOST = 16, 64
@@ -47,20 +44,19 @@ class StepGraphs:
         self.model: Any = weakref.ref(model)
         self.lock = threading.RLock()
         self.key: tuple = ()
+        self.tenant: Any = lambda: None  # the cache whose states the memory holds
         self.clear()
 
     def clear(self) -> None:
         """Forgets graphs and memory; the cache that lives there moves out."""
         with self.lock:
-            if self.key:
-                self._move_out()
+            self._move_out()
             self.steps: dict[tuple, Step] = {}
             self.redos: dict[tuple, torch.cuda.CUDAGraph] = {}
             self.memory: Any = None  # a tensor
             self.pool: Any = None
             self.homes: dict[int, XLSTMCache] = {}  # by batch size: their states are views of the memory
             self.home: Any = None  # the one in use
-            self.tenant: Any = lambda: None  # the cache whose states these are
 
     # who may use them
 
@@ -214,8 +210,6 @@ class StepGraphs:
                     self.memory = torch.zeros(needed, dtype=state_dtype(model.dtype), device=model.device)
                 home.take(self.memory, B)
                 home.seen_tokens = torch.zeros((), dtype=torch.int64, device=model.device)
-            for layer in home.layers:
-                layer.is_empty = False
             self.homes[B] = home
         self.home = self.homes[B]
 

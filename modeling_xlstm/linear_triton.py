@@ -2,7 +2,7 @@
 
 Up to `ROWS` rows, such as one token each of a batch, take as long as reading the weights once. A program has `BN` rows
 of the weights, which are columns of y, and all of x. One row is multiplied without tensor cores, and normalised on the
-way; more rows are columns of a product of tensors cores, on blocks that the copy engine brings to shared memory.
+way; more rows are columns of a product of tensor cores, on blocks that the copy engine brings to shared memory.
 
 Kernels are a chain on GPUs that can do that: each starts before the one in front of it has ended, and asks for its
 first weights, which nothing before it writes, until the rest may be read.
@@ -231,10 +231,10 @@ def multiply(
     """
     M, K = x.shape
     N = weight.shape[0] // (2 if activation else 1)
-    y, chained = x.new_empty(M, N), chains(x.device)
+    y, chain = x.new_empty(M, N), chain_options(chains(x.device))
     options = {
         "K": K, "ACTIVATION": activation, "RESIDUAL": residual is not None, "CAPPED": cap is not None,
-        "CHAINED": chained, "num_warps": 4, **chain_options(chained),
+        "num_warps": 4, **chain,
     }  # fmt: skip
     gate_weight, gate_bias, out = gates or (None, None, None)
     G = 0 if gates is None else gates.weight.shape[0]
@@ -251,8 +251,7 @@ def multiply(
         if norm is not None:
             x = torch.empty_like(before)
             norm_kernel[(M,)](
-                before, norm_weight, x, eps, K=K, BK=power_of_2(K), CHAINED=chained, num_warps=8,
-                **chain_options(chained),
+                before, norm_weight, x, eps, K=K, BK=power_of_2(K), num_warps=8, **chain,
             )  # fmt: skip
         BM, BN, GM, GG = max(16, power_of_2(M)), 64, 4, 4
         BK, stages = _depth((BM + BN * (2 if activation else 1)) * x.element_size(), BM, x.device)

@@ -5,6 +5,7 @@ https://arxiv.org/abs/2405.04517 (equations 19 to 27); the definition is `mlstm_
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,12 +124,8 @@ def mlstm_step(
     Raises:
         As `mlstm_chunkwise`.
     """
-    check_float("q", q, "B H K")
-    _check_inputs(q, k, v, igate, fgate, q.shape[:2], input_gate, gate_soft_cap, eps)
-    backend = resolve(backend, q)
-    state = _check_state(state, q, v, q.shape[0])
-    if mask is not None:
-        check_like("mask", mask, q.shape[:1], q.device, (torch.bool,))
+    options: dict[str, Any] = {"dims": "B H K", "backend": backend}
+    backend, state = _check_steps(q, k, v, igate, fgate, state, mask, input_gate, gate_soft_cap, eps, **options)
     with full_precision(q.device):
         if backend == "triton":
             h, *last = mlstm_step_triton(q, k, v, igate, fgate, *state, mask, input_gate, gate_soft_cap, eps)
@@ -217,13 +214,18 @@ def mlstm_steps_gated_(
         )  # fmt: skip
 
 
-def _check_steps(q, k, v, igate, fgate, state, mask, input_gate: str, gate_soft_cap: float | None, eps: float) -> None:
-    check_float("q", q, "B T H K")
-    _check_inputs(q, k, v, igate, fgate, q.shape[:3], input_gate, gate_soft_cap, eps)
-    resolve("triton", q)
-    _check_state(state, q, v, q.shape[0])
+def _check_steps(
+    q, k, v, igate, fgate, state, mask, input_gate: str, gate_soft_cap: float | None, eps: float,
+    *, dims: str = "B T H K", backend: str = "triton",
+) -> tuple[str, MLSTMState]:  # fmt: skip
+    """The backend that serves one step or a few, q of `dims`, and their state."""
+    check_float("q", q, dims)
+    _check_inputs(q, k, v, igate, fgate, q.shape[:-1], input_gate, gate_soft_cap, eps)
+    backend = resolve(backend, q)
+    state = _check_state(state, q, v, q.shape[0])
     if mask is not None:
-        check_like("mask", mask, q.shape[:2], q.device, (torch.bool,))
+        check_like("mask", mask, q.shape[:-2], q.device, (torch.bool,))
+    return backend, state
 
 
 def _check_inputs(

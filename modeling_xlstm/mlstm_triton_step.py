@@ -22,7 +22,7 @@ from .mlstm_triton_kernels import LOG_FLOOR, _exp, _log_gates, _max
 from .triton_language import blocks_of, chain_options, chains, gdc_launch_dependents, gdc_wait, power_of_2, tl, triton
 
 
-# may have any value without another compilation; T only whether it is one
+# may have any value without another compilation; of T it counts whether it is one, or a multiple of 16
 SIZES = "H sq_b sq_t sq_h sk_b sk_t sk_h sv_b sv_t sv_h si_b si_t si_h sf_b sf_t sf_h sm_b sm_t".split()
 
 
@@ -149,7 +149,7 @@ def _launch(
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *igate.stride(), *fgate.stride(),
             *((0, 0) if mask is None else mask.stride()), H, T, K**-0.5, gate_soft_cap or 0.0, eps,
             K=K, V=V, BK=BK, BV=BV, SIGMOID=input_gate == "sigmoid", CAPPED=gate_soft_cap is not None,
-            HAS_MASK=mask is not None, CHAINED=chained, num_warps=warps, **chain_options(chained),
+            HAS_MASK=mask is not None, num_warps=warps, **chain_options(chained),
         )  # fmt: skip
 
 
@@ -171,7 +171,7 @@ def _overwrite(
         mlstm_finish_kernel[(B * H,)](
             new.n, new.m, n, m, h, ogate, weight, bias, y, *((0, 0) if ogate is None else ogate.stride()[:2]),
             H, T, norm_eps, offset, K=K, V=V, BK=power_of_2(K), BV=power_of_2(V),
-            GATED=ogate is not None, HAS_BIAS=bias is not None, CHAINED=chained, **chain_options(chained),
+            GATED=ogate is not None, HAS_BIAS=bias is not None, **chain_options(chained),
         )  # fmt: skip
 
 

@@ -272,9 +272,7 @@ class XLSTMModel(XLSTMPreTrainedModel):
         if cache is None and use_cache and not self.training:
             cache = XLSTMCache(self.config)
         if cache is not None:
-            # the layers of a model that is spread over devices have their states where they are
-            device = None if hasattr(self.layers[0], "_hf_hook") else inputs_embeds.device
-            _check_cache(cache, self.config, inputs_embeds.shape[0], inputs_embeds.dtype, device)
+            _check_cache(cache, self, inputs_embeds.shape[0], inputs_embeds.dtype, inputs_embeds.device)
             _check_checkpointing(self)
         B, T, _ = inputs_embeds.shape
         mask = _padding_mask(attention_mask, B, T, cache)
@@ -329,15 +327,13 @@ def _check_embeds(inputs_embeds: Tensor, weight: Tensor) -> None:
 
 
 def _check_cache(
-    cache: Cache,
-    config: XLSTMConfig,
-    batch_size: int | None,
-    dtype: torch.dtype,
-    device: torch.device | None,
-) -> None:
+    cache: Cache, model: XLSTMModel, batch_size: int | None, dtype: torch.dtype, device: torch.device
+) -> None:  # fmt: skip
     if not isinstance(cache, XLSTMCache):
         raise TypeError(f"past_key_values must be an XLSTMCache, got {type(cache).__name__}.")
-    cache.check(config, batch_size, state_dtype(dtype), device)
+    # the layers of a model that is spread over devices have their states where they are
+    where = None if hasattr(model.layers[0], "_hf_hook") else device
+    cache.check(model.config, batch_size, state_dtype(dtype), where)
 
 
 def _check_checkpointing(model: XLSTMModel) -> None:
@@ -417,6 +413,9 @@ def _undo(passes: list[tuple], mask: Tensor | None, cache: XLSTMCache, kept: int
 NO_CONTINUOUS_BATCHING = (
     "Continuous batching pages the keys and values of attention, of which an xLSTM has none; generate takes a batch."
 )
+
+
+DECODING = ("past_key_values", "use_cache", "output_hidden_states")  # what a step of `generate` is told besides a token
 
 
 class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
@@ -518,8 +517,7 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         if in_pieces and mask is not None and (mask[:, -1] == 0).any():
             raise ValueError("prefill_chunk_size needs padding on the left, got an attention_mask that ends with 0.")
         if (cache := model_kwargs.get("past_key_values")) is not None:
-            device = None if hasattr(self.model.layers[0], "_hf_hook") else self.device
-            _check_cache(cache, self.config, None, self.dtype, device)
+            _check_cache(cache, self.model, None, self.dtype, self.device)
             seen = cache.get_seq_length()
             if in_pieces and seen and not READS_ON_IN_PIECES:
                 raise NotImplementedError(
@@ -598,9 +596,7 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         """As in Transformers, with padding moved to the left: the next token is read at the last position."""
         if ACTIVE.get() is not None and kwargs.get("next_sequence_length") == 1:
             # what was generated is no padding; the GPU waits for this
-            kept = {name: x for name, x in kwargs.items() if name in ("past_key_values", "use_cache")}
-            if kwargs.get("output_hidden_states"):
-                kept["output_hidden_states"] = True
+            kept = {name: x for name, x in kwargs.items() if name in DECODING}
             return {"input_ids": input_ids[:, -1:], "logits_to_keep": 1, **kept}
         kwargs["inputs_embeds"] = inputs_embeds
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc, arg-type]

@@ -57,5 +57,5 @@ def chains(device: torch.device) -> bool:
 
 
 def chain_options(chained: bool) -> dict[str, bool]:
-    """What a kernel is launched with that may start early."""
-    return {"launch_pdl": True} if chained else {}
+    """What a kernel is launched with that may start early, or may not."""
+    return {"CHAINED": True, "launch_pdl": True} if chained else {"CHAINED": False}
