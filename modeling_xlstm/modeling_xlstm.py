@@ -594,7 +594,8 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """As in Transformers, with padding moved to the left: the next token is read at the last position."""
-        if ACTIVE.get() is not None and kwargs.get("next_sequence_length") == 1:
+        is_step = kwargs.get("next_sequence_length") == 1 and not kwargs.get("is_first_iteration")
+        if is_step and ACTIVE.get() is not None:
             # what was generated is no padding; the GPU waits for this
             kept = {name: x for name, x in kwargs.items() if name in DECODING}
             return {"input_ids": input_ids[:, -1:], "logits_to_keep": 1, **kept}

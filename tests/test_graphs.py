@@ -6,7 +6,8 @@ import pytest
 import torch
 from models import KINDS, TWO_KINDS, random_ids, tiny_model
 
-from modeling_xlstm.graphs_xlstm import StepGraphs, graphs_of
+from modeling_xlstm import XLSTMCache
+from modeling_xlstm.graphs_xlstm import ACTIVE, StepGraphs, graphs_of
 
 
 GPU = torch.cuda.is_available()
@@ -145,6 +146,20 @@ def test_a_returned_cache_goes_on_outside_of_generate():
 
 def test_a_model_on_a_cpu_is_not_captured():
     assert StepGraphs.obstacle(tiny_model().to("cpu").eval()) == "it is on cpu"
+
+
+def test_padding_is_told_to_the_pass_that_reads_a_prompt_even_of_one_token():
+    model, ids, mask = tiny_model(), random_ids(2, 6), torch.ones(2, 6, dtype=torch.long)
+    mask[1, -1] = 0
+    options = {"next_sequence_length": 1, "attention_mask": mask, "past_key_values": XLSTMCache(model.config)}
+    token = ACTIVE.set(graphs_of(model))
+    try:
+        prompt = model.prepare_inputs_for_generation(ids, is_first_iteration=True, **options)
+        step = model.prepare_inputs_for_generation(ids, **options)
+    finally:
+        ACTIVE.reset(token)
+    assert prompt["attention_mask"].tolist() == [[1], [0]]
+    assert "attention_mask" not in step
 
 
 def test_generate_on_a_cpu_has_an_off_switch_too():
