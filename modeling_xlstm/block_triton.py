@@ -26,7 +26,9 @@ from .linear_triton import Gates, Norm, multiply
 def takes(block: Any, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None) -> bool:
     """Whether `block_steps` serves this: a plain block of xLSTM-7B in half precision, and a state to overwrite."""
     mixer = block.mixer
-    if not isinstance(mixer, MLSTMLayer) or torch.is_grad_enabled() or block.training:
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or block.training:
+        return False
+    if not isinstance(mixer, MLSTMLayer):
         return False
     if state is None or not state.in_place or cu_seqlens is not None or x.shape[1] > FEW_STEPS:
         return False
