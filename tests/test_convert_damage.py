@@ -422,6 +422,7 @@ KILLED = """
 import os, signal, sys
 import convert.destination
 from convert.__main__ import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 save, left = convert.destination.save_file, [int(sys.argv[1])]
 def save_file(*args, **kwargs):
     save(*args, **kwargs)
