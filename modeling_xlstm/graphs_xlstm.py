@@ -21,20 +21,25 @@ from torch import Tensor, nn
 
 from .cache_xlstm import XLSTMCache
 from .checks import state_dtype
+from .layers_xlstm import FEW_STEPS
+from .linear import is_hooked
 
 
-# Tokens of a pass that is worth a graph, and of all its rows together: more keep a GPU busy by themselves.
-LONGEST, MOST = 16, 64
+# Tokens of a pass that is worth a graph, those of all its rows together: more keep a GPU busy by themselves.
+MOST = 1024
+# Of one that can be taken back in part, or has logits of each token.
+LONGEST = FEW_STEPS
 
 
 class Step(NamedTuple):
-    """A captured pass: what it reads, what it writes, and the inputs `[B, T, D]` of each layer."""
+    """A captured pass: what it reads, what it writes, and of a short one the inputs `[B, T, D]` of each layer."""
 
     graph: torch.cuda.CUDAGraph
     ids: Tensor  # [B, T]
     mask: Tensor | None  # [B, T] bool
-    logits: Tensor  # [B, T, vocab_size]
-    inputs: tuple[Tensor, ...]
+    last: Tensor  # [1], the last token, the logits of which alone are wanted of a long pass
+    logits: Tensor  # [B, T or 1, vocab_size]
+    inputs: list[Tensor] | None
 
 
 class StepGraphs:
@@ -75,7 +80,7 @@ class StepGraphs:
         if quantizer is not None and not quantizer.is_compileable:
             return "the kernels for its quantised weights wait for the GPU"
         for name, module in model.named_modules():
-            if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+            if is_hooked(module) or "forward" in module.__dict__:
                 return f"{name or 'it'} is hooked"
         if torch.is_autocast_enabled("cuda"):
             return "autocast is on"
@@ -100,37 +105,43 @@ class StepGraphs:
             self._move_out()
 
     @staticmethod
-    def fits(ids: Tensor | None, cache: XLSTMCache | None) -> bool:
-        """Whether a pass is short enough, and continues a text."""
+    def fits(ids: Tensor | None, cache: XLSTMCache | None, logits_to_keep: Any) -> bool:
+        """Whether a pass is short enough, and begins or continues a text."""
+        if ids is None or cache is None or ids.dim() != 2 or not isinstance(logits_to_keep, int):
+            return False
+        (B, T), long = ids.shape, ids.shape[1] > LONGEST
         return (
-            ids is not None
-            and cache is not None
-            and ids.dim() == 2
-            and ids.shape[1] <= LONGEST
-            and (ids.shape[1] == 1 or ids.shape[0] * _bucket(ids.shape[1]) <= MOST)
-            and not any(layer.is_empty for layer in cache.layers)
-            and cache.layers[0].batch_size == ids.shape[0]
+            0 < T
+            and (T == 1 or B * _bucket(T) <= MOST)
+            and not (long and (logits_to_keep != 1 or cache.is_recording))
+            and len({layer.is_empty for layer in cache.layers}) == 1
+            and (cache.layers[0].is_empty or cache.layers[0].batch_size == B)
         )
 
     # passes
 
     def __call__(self, ids: Tensor, mask: Tensor | None, cache: XLSTMCache) -> Tensor:
-        """Logits `[B, T, vocab_size]` of ids `[B, T]`, whose padding `mask` `[B, T]` tells; the cache reads on."""
+        """Logits `[B, T, vocab_size]` of ids `[B, T]`, whose padding `mask` `[B, T]` tells; the cache reads on.
+
+        Of more than `LONGEST` tokens, the logits are those of the last.
+        """
         B, T = ids.shape
-        bucket = _bucket(T)
         with self.lock, torch.inference_mode(False), torch.no_grad():
             self._move_in(cache, B)
-            step = self._step(B, bucket, mask is not None or T > 1)
+            step = self._step(B, _bucket(T), mask is not None or T > 1)
             before = self.memory.clone() if cache.is_recording else None
             step.ids[:, :T].copy_(ids)
+            step.last.fill_(T - 1)
             if step.mask is not None:
                 step.mask[:, T:] = False
                 step.mask[:, :T] = True if mask is None else mask
             step.graph.replay()
             logits = step.logits[:, :T].clone()
+            for layer in cache.layers:
+                layer.is_empty = False
             cache.advance(T, ids.device)
             if before is not None:
-                inputs = None if T == 1 else tuple(x.clone() for x in step.inputs)
+                inputs = None if T == 1 else [x.clone() for x in step.inputs]
                 cache.record(T, partial(self._undo, before, inputs, mask))
         return logits
 
@@ -141,14 +152,17 @@ class StepGraphs:
 
     def _capture(self, B: int, T: int, masked: bool) -> Step:
         model, home = self.model(), self.home
-        ids = torch.zeros(B, T, dtype=torch.int64, device=model.device)
+        ids, last = (torch.zeros(size, dtype=torch.int64, device=model.device) for size in ((B, T), 1))
         mask = torch.ones(B, T, dtype=torch.bool, device=model.device) if masked else None
 
-        def run():
-            return model(ids, attention_mask=mask, past_key_values=home, output_hidden_states=T > 1, return_dict=True)
+        def run() -> tuple[Tensor, list[Tensor] | None]:
+            inputs: list[Tensor] | None = [] if 1 < T <= LONGEST else None
+            x = model.model.read(model.model.embed_tokens(ids), home, mask, inputs=inputs)
+            x = x if T <= LONGEST else x[:, last]
+            return model.logits(model.model.norm(x)), inputs
 
         graph, outputs = self._record(run)
-        return Step(graph, ids, mask, outputs.logits, outputs.hidden_states[:-1] if T > 1 else ())
+        return Step(graph, ids, mask, last, *outputs)
 
     def _record(self, run) -> tuple[torch.cuda.CUDAGraph, Any]:
         """A graph of `run`, and what it returned. The states are those from before."""
@@ -157,11 +171,11 @@ class StepGraphs:
             self.pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), quiet():
+        with torch.cuda.stream(stream):
             run()  # compiles kernels, and makes what libraries keep
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"), quiet():
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             outputs = run()
         if before is not None:
             self.memory.copy_(before)
@@ -226,9 +240,14 @@ class StepGraphs:
             self._move_out()
         states = [layer.state for layer in cache.layers]
         self._settle(B)
+        is_empty = cache.layers[0].is_empty
+        if is_empty:
+            self.memory.zero_()
         for layer, home, state in zip(cache.layers, self.home.layers, states, strict=True):
-            home.update(state)
+            if not is_empty:
+                home.update(state)
             layer.state = home.state
+            layer.is_empty = is_empty
         self.tenant = weakref.ref(cache)
 
     def _move_out(self) -> None:

@@ -16,7 +16,7 @@ from .fused import soft_cap
 
 
 if HAS_TRITON:
-    from .linear_triton import ROWS, multiply
+    from .linear_triton import ROWS, Rows, multiply
 
 
 class _OneDNNLinear(torch.autograd.Function):
@@ -49,6 +49,15 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+def is_hooked(module: Any) -> bool:
+    """Whether others want to see or change what a module is given or returns.
+
+    Transformers leaves hooks behind once hidden states were asked for, which do nothing unless they are.
+    """
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return any(getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks)
+
+
 def is_plain(module: Any, x: Tensor) -> bool:
     """Whether `module(x)` is only a product of one dtype: no module quantised, adapted, hooked or compiled."""
     return (
@@ -56,7 +65,7 @@ def is_plain(module: Any, x: Tensor) -> bool:
         and type(module.weight) is nn.Parameter
         and x.dtype == module.weight.dtype
         and x.device == module.weight.device
-        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not is_hooked(module)
         and not (module._backward_hooks or module._backward_pre_hooks or _has_any_global_hook())
         and module._compiled_call_impl is None
         and "forward" not in module.__dict__  # replaced, as by what moves weights between devices
@@ -84,7 +93,8 @@ def linear(module: Any, x: Tensor, *, cap: float | None = None, backend: str = "
     """`soft_cap(module(x), cap)`, x `[..., inputs]`; `backend` is that of a few rows for inference."""
     fits = x.shape[-1] == module.in_features
     if fits and is_for_triton(module, x, backend):
-        return multiply(x.reshape(-1, x.shape[-1]), module.weight, cap=cap).view(*x.shape[:-1], module.out_features)
+        y, *_ = multiply(Rows(x.reshape(-1, x.shape[-1])), module.weight, cap=cap)
+        return y.view(*x.shape[:-1], module.out_features)
     on_cpu = HAS_ONEDNN_LINEAR and x.device.type == "cpu" and x.dtype == torch.float32
     if not (fits and on_cpu and is_plain(module, x)):
         return soft_cap(module(x), cap)

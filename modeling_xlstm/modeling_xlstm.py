@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ from .linear import linear
 
 if HAS_TRITON:
     from .block_triton import block_steps, takes
+    from .linear_triton import Rows
 
 
 logger = logging.get_logger(__name__)
@@ -98,8 +100,6 @@ class XLSTMBlock(GradientCheckpointingLayer):
         cu_seqlens: Tensor | None = None,
         keep: int | None = None,
     ) -> tuple[Tensor, LayerState]:
-        if HAS_TRITON and takes(self, x, state, cu_seqlens):
-            return last(block_steps(self, x, state, mask), keep), state
         y, state = self.mixer(self.mixer_norm(x), state, mask=mask, cu_seqlens=cu_seqlens, keep=keep)
         x = last(x, keep) + self.dropout(y)
         if self.ffn is not None:
@@ -242,10 +242,12 @@ class XLSTMModel(XLSTMPreTrainedModel):
             attention_mask: `[B, T]`, or `[B, past + T]` of which the last T columns are used. Zero marks padding, on
                 any side: it leaves the recurrent state as it was.
             past_key_values: State of the text so far, updated by the call. Created when omitted, if `use_cache` and the
-                model is not in training mode. `cache_params` is an alias.
+                model is not in training mode. `cache_params` is an alias. Of a long text that is read in pieces, no
+                more than the last can be taken back.
             cu_seq_lens_q, position_ids: Boundaries `[N + 1]` of sequences packed into a batch of 1, or positions that
                 restart at 0 at each; the state starts anew there.
-            logits_to_keep: Positions at the end that the last block has to give an output for, 0 for all.
+            logits_to_keep: Positions at the end that the last block has to give an output for, 0 for all. If only some
+                are kept, a long text is read in pieces, so that memory does not grow with it (not under autograd).
 
         Returns:
             `last_hidden_state` `[B, T or logits_to_keep, D]`, `past_key_values`, and on request `hidden_states`: the
@@ -258,27 +260,26 @@ class XLSTMModel(XLSTMPreTrainedModel):
             if past_key_values is not None:
                 raise ValueError("Only one of past_key_values and its alias cache_params may be given, got both.")
             past_key_values = cache_params
+        weight = self.embed_tokens.weight
         if (input_ids is None) == (inputs_embeds is None):
             got = "neither" if input_ids is None else "both"
             raise ValueError(f"Exactly one of input_ids and inputs_embeds must be given, got {got}.")
-        if inputs_embeds is None:
+        if input_ids is not None:
             _check_ids(input_ids, self.config.vocab_size)
-            inputs_embeds = self.embed_tokens(input_ids)
         else:
-            _check_embeds(inputs_embeds, self.embed_tokens.weight)
+            _check_embeds(inputs_embeds, weight)
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
             raise ValueError(f"logits_to_keep must be an integer of at least 0 for a stack, got {logits_to_keep!r}.")
+        given = inputs_embeds if input_ids is None else input_ids
+        B, T = given.shape[:2]
         cache = past_key_values
         if cache is None and use_cache and not self.training:
             cache = XLSTMCache(self.config)
         if cache is not None:
-            _check_cache(cache, self, inputs_embeds.shape[0], inputs_embeds.dtype, inputs_embeds.device)
+            _check_cache(cache, self, B, weight.dtype, given.device)
             _check_checkpointing(self)
-        B, T, _ = inputs_embeds.shape
         mask = _padding_mask(attention_mask, B, T, cache)
-        if input_ids is None and mask is not None:
-            inputs_embeds = inputs_embeds.masked_fill(~mask[..., None], 0.0)  # may hold anything there, even NaN
-        cu_seqlens = _packed_bounds(kwargs, inputs_embeds, mask)
+        cu_seqlens = _packed_bounds(kwargs, B, T, given.device, mask)
         if cu_seqlens is not None and cache is not None:
             if past_key_values is not None:
                 raise ValueError(
@@ -286,22 +287,84 @@ class XLSTMModel(XLSTMPreTrainedModel):
                 )
             cache = None
 
-        x = inputs_embeds
+        collecting = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        whole = cache is None or not logits_to_keep or collecting or torch.is_grad_enabled()
+        whole = whole or torch.compiler.is_compiling()
+        for start, end in [(0, T)] if whole else _pieces(B, T, logits_to_keep):
+            piece = given[:, start:end]
+            part = None if mask is None else mask[:, start:end]
+            if input_ids is not None:
+                x = self.embed_tokens(piece)
+            else:  # which may hold anything where there is padding, even NaN
+                x = piece if part is None else piece.masked_fill(~part[..., None], 0.0)
+            keep = (logits_to_keep or None) if end == T else 1
+            x = self.read(x, cache, part, cu_seqlens, keep, fused=not collecting)
+            if end < T:
+                cache.is_broken = True  # until all is read
+                cache.records = []  # what it takes to undo it would grow with the text
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=cache)
+
+    def read(
+        self,
+        x: Tensor,
+        cache: XLSTMCache | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        keep: int | None = None,
+        *,
+        fused: bool = True,
+        inputs: list[Tensor] | None = None,
+    ) -> Tensor:
+        """x `[B, T, D]` through all blocks, y of the last `keep` positions; the cache reads on.
+
+        Args:
+            x, mask, cu_seqlens, keep: As in [`XLSTMBlock`].
+            fused: Whether a block may be computed without being called, which others would not see.
+            inputs: A list for what is given to each block.
+        """
+        B, T, D = x.shape
+        states = [None if cache is None else cache.get_state(i, B) for i in range(len(self.layers))]
+        fused = fused and HAS_TRITON and not torch.compiler.is_compiling()
+        serves = [fused and takes(block, x, s, cu_seqlens) for block, s in zip(self.layers, states, strict=True)]
+        recording = cache is not None and cache.is_recording
         passes: list[tuple] = []  # of each layer what it takes to redo it
-        for i, block in enumerate(self.layers):
-            state = None if cache is None else cache.get_state(i, B)
-            if cache is not None and cache.is_recording:
+        rows = None  # x, where the block before has left it as rows
+        for i, (block, state) in enumerate(zip(self.layers, states, strict=True)):
+            if recording:
                 before = None if state is None or cache.layers[i].is_empty else state.map(Tensor.clone)
                 passes.append((block, x, before))
-            keep = (logits_to_keep or None) if i + 1 == len(self.layers) else None
-            x, state = block(x, state, mask=mask, cu_seqlens=cu_seqlens, keep=keep)
+            if inputs is not None:
+                inputs.append(x)
+            if serves[i]:
+                cache.is_broken = True  # as states are overwritten before the block has ended
+                following = i + 1 < len(self.layers) and serves[i + 1]
+                next_norm = self.layers[i + 1].mixer_norm.weight if following else None
+                rows = block_steps(block, rows or Rows(x.reshape(-1, D)), state, mask, next_norm)
+                x = rows.x.view(B, T, D)
+            else:
+                rows = None
+                x, state = block(
+                    x, state, mask=mask, cu_seqlens=cu_seqlens, keep=keep if i + 1 == len(self.layers) else None
+                )
             if cache is not None:
                 cache.update(state, i)
         if cache is not None:
             cache.advance(T, x.device)
-            if cache.is_recording:
+            if recording:
                 cache.record(T, partial(_undo, passes, mask))
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=cache)
+        return last(x, keep)
+
+
+# Tokens of all rows that are read at once, so that the memory for a prompt does not grow with it.
+PIECE = 16384
+
+
+def _pieces(B: int, T: int, keep: int) -> list[tuple[int, int]]:
+    """Bounds of pieces of T tokens of B rows, about as long as each other, the last of at least `keep`."""
+    count = -(-B * T // PIECE)
+    size = -(-T // count // 256) * 256  # of whole chunks
+    starts = list(range(0, max(1, T - keep + 1), size))
+    return list(pairwise([*starts, T]))
 
 
 def _check_ids(input_ids: Tensor, vocab_size: int) -> None:
@@ -369,13 +432,14 @@ def _padding_mask(attention_mask: Tensor | None, B: int, T: int, cache: XLSTMCac
     return mask
 
 
-def _packed_bounds(kwargs: Mapping[str, Any], x: Tensor, mask: Tensor | None) -> Tensor | None:
+def _packed_bounds(
+    kwargs: Mapping[str, Any], B: int, T: int, device: torch.device, mask: Tensor | None
+) -> Tensor | None:  # fmt: skip
     """Boundaries of packed sequences, as collators give them."""
-    B, T, _ = x.shape
     bounds, positions = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
     if bounds is None and positions is not None and T > 1:
         bounds = _restarts(positions, B, T, mask)
-    check_sequence(B, T, x.device, mask, bounds)
+    check_sequence(B, T, device, mask, bounds)
     return None if bounds is None else bounds.to(torch.int32)
 
 
@@ -459,9 +523,11 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         graphs = None if torch.compiler.is_compiling() else ACTIVE.get()
         if graphs is not None and graphs.model() is self:
             cache = past_key_values if cache_params is None else cache_params
-            if graphs.fits(input_ids, cache) and not kwargs.get("output_hidden_states"):
-                mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :] != 0
-                return CausalLMOutputWithPast(logits=graphs(input_ids, mask, cache), past_key_values=cache)
+            if graphs.fits(input_ids, cache, logits_to_keep) and not kwargs.get("output_hidden_states"):
+                _check_ids(input_ids, self.config.vocab_size)
+                mask = _padding_mask(attention_mask, *input_ids.shape, cache)
+                logits = graphs(input_ids, mask, cache)[:, -logits_to_keep:]
+                return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
             graphs.vacate()
         # what is kept of the logits is all that the last block needs to give, unless its output is wanted as well
         cut = isinstance(logits_to_keep, int) and logits_to_keep > 0
@@ -477,8 +543,7 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        x = outputs.last_hidden_state[:, kept]
-        logits = linear(self.lm_head, x, cap=self.config.output_logit_soft_cap, backend=self.config.backend)
+        logits = self.logits(outputs.last_hidden_state[:, kept])
         if not self.training:
             _check_finite(logits)
         loss = None
@@ -491,6 +556,10 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits `[..., vocab_size]` of what the stack gives `[..., D]`."""
+        return linear(self.lm_head, x, cap=self.config.output_logit_soft_cap, backend=self.config.backend)
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         assistant = generation_mode_kwargs.get("assistant_model")
@@ -676,7 +745,7 @@ class XLSTMForSequenceClassification(XLSTMPreTrainedModel):
         )
         x = outputs.last_hidden_state
         mask = None if attention_mask is None else attention_mask[:, -x.shape[1] :] != 0
-        bounds = _packed_bounds(kwargs, x, None if mask is None or mask.all() else mask)
+        bounds = _packed_bounds(kwargs, *x.shape[:2], x.device, None if mask is None or mask.all() else mask)
         if bounds is not None:
             x = x[0, bounds[1:] - 1]
         else:
