@@ -87,12 +87,14 @@ def open_source(source: str, config: str | None = None) -> Source:
         raise ConversionError(f"The source must be a folder, got the file {source}; give the folder that holds it.")
     if not folder.is_dir():
         folder, repo = download(source), source
+    fields = read_config(find_config(folder, config))
+    if "quantization_config" in fields:
+        raise ConversionError("The weights must not be quantised, got a configuration with quantization_config.")
     weights, meta = read_weights(folder)
     try:
         fmt = detect({name: weight.shape for name, weight in meta.items()})
     except ValueError as error:
         raise ConversionError(str(error)) from error
-    fields = read_config(find_config(folder, config))
     check_config(fields, fmt)
     return Source(folder, weights, meta, fields, fmt, repo)
 
@@ -177,8 +179,6 @@ def check_config(config: Mapping[str, Any], fmt: str) -> None:
         raise ConversionError(
             f"The configuration of weights of format {fmt} must have {wanted}, got {config.get('model_type')!r}."
         )
-    if "quantization_config" in config:
-        raise ConversionError("The weights must not be quantised, got a configuration with quantization_config.")
 
 
 def read_weights(folder: Path) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:

@@ -21,7 +21,7 @@ from transformers.utils.import_utils import is_serve_available
 
 from .backends import BACKENDS
 from .configuration_xlstm import XLSTMConfig
-from .modeling_xlstm import NO_CONTINUOUS_BATCHING, XLSTMForCausalLM
+from .modeling_xlstm import NO_CONTINUOUS_BATCHING, XLSTMForCausalLM, count_parameters
 
 
 EXAMPLES = """examples:
@@ -85,6 +85,11 @@ def read_config(directory: str) -> XLSTMConfig:
     return config
 
 
+def is_quantized(config: XLSTMConfig) -> bool:
+    """Whether the checkpoint of this configuration holds quantised weights, which keep their dtype."""
+    return getattr(config, "quantization_config", None) is not None
+
+
 def read_tokenizer(directory: str) -> PreTrainedTokenizerBase | None:
     """The tokenizer in `directory`, if there is one. Raises CommandError if it cannot be read."""
     if not any((Path(directory) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
@@ -128,7 +133,9 @@ def generate(args: argparse.Namespace) -> None:
         raise CommandError(f"The prompt must give token ids below {config.vocab_size}, got {got}.")
     try:
         device = torch.device(args.device)
-        dtype = "float32" if (args.dtype, device.type) == ("auto", "cpu") else args.dtype
+        dtype = args.dtype
+        if (dtype, device.type) == ("auto", "cpu") and not is_quantized(config):
+            dtype = "float32"
         model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, trust_remote_code=False)
         model.to(device)
         model.set_backend(args.backend)
@@ -189,6 +196,8 @@ def info(args: argparse.Namespace) -> None:
     config = read_config(args.directory)
     tokenizer = read_tokenizer(args.directory)
     count, dtypes, size, files = read_headers(args.directory)
+    if is_quantized(config):  # several numbers in one, and scales
+        count = count_parameters(config)
     kinds = config.block_types or []
     block = (
         f", {config.mlstm_block.replace('_', '-')}, {config.mlstm_input_gate} input gate" if "mlstm" in kinds else ""
@@ -264,7 +273,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--top-k", type=rank, default=0, metavar="K", help="likeliest tokens sampled from, 0 for all (%(default)s)")
     add("--repetition-penalty", type=positive, default=1.0, metavar="X", help="above 1 against repeats (%(default)s)")
     add("--seed", type=seed, metavar="N", help="the same seed samples the same text")
-    add("--dtype", choices=dtypes, default="auto", help="of the weights; auto: float32 on a CPU, else as on disk")
+    of_weights = "of the weights; auto: as on disk, but float32 on a CPU unless quantised"
+    add("--dtype", choices=dtypes, default="auto", help=of_weights)
     add("--device", default=device, help="where to run, such as cpu or cuda:1 (%(default)s)")
     add("--backend", choices=BACKENDS, default="auto", help="kernels to run with (%(default)s)")
     return parser

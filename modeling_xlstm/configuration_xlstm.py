@@ -290,4 +290,9 @@ def _translated(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields of an `XLSTMConfig`, from a `config.json` of ours or of Transformers' own xLSTM."""
     if fields.get("model_type") != "xlstm":
         return fields
+    if "quantization_config" in fields:
+        raise ValueError(
+            "A checkpoint of Transformers' own xLSTM must not be quantised, got one with quantization_config: load the "
+            "original with quantization_config instead."
+        )
     return {**fields_from(fields, "transformers"), "model_type": XLSTMConfig.model_type}

@@ -132,9 +132,12 @@ class XLSTMPreTrainedModel(PreTrainedModel):
             )
         super().__init__(config, *args, **kwargs)
         # A pattern from the start of a name, which is all that some quantisers look at.
-        gates = {".*gate_proj", ".*gate_weight", ".*gate_bias"} if config.keep_gates_in_fp32 else set()
-        # The first is also what quantisers leave alone, the second what stays float32 in a bfloat16 model.
+        gates = {".*gate_proj", ".*gate_weight", ".*gate_bias"}
+        # The first is what quantisers leave alone, both are what `_get_dtype_plan` keeps in float32.
         self._keep_in_fp32_modules, self._keep_in_fp32_modules_strict = gates, set(gates)
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        return super()._get_dtype_plan(dtype) if self.config.keep_gates_in_fp32 else {}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -147,13 +150,16 @@ class XLSTMPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any):
-        """As in Transformers; raises ValueError if the checkpoint holds a weight that is not finite.
+        """As in Transformers; raises ValueError if the checkpoint holds a weight that is not finite, or if quantised
+        weights do not take the `dtype` or the `group_size` asked for.
 
         Embeddings that a checkpoint says are tied, but stores as two different weights, are not tied: Transformers' own
         xLSTM writes such checkpoints.
         """
         result = super().from_pretrained(*args, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
+        if getattr(model, "is_quantized", False):
+            _check_quantized(model)
         for name, weight in model.named_parameters():
             # quantised ones are of other classes, which may not know isfinite
             checked = type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta
@@ -188,6 +194,8 @@ class XLSTMPreTrainedModel(PreTrainedModel):
             raise ValueError(f"Transformers' format is that of a language model, got {type(self).__name__}.")
         if getattr(self, "_hf_peft_config_loaded", False):
             raise ValueError("save_original_format=True needs a model without adapters: merge or unload them first.")
+        if getattr(self, "is_quantized", False):
+            raise ValueError("save_original_format=True needs a model that is not quantised, got one that is.")
         if push_to_hub:
             raise ValueError("save_original_format=True saves to a directory only, got push_to_hub=True.")
         fields = fields_to(self.config, "transformers")
@@ -365,6 +373,22 @@ def _pieces(B: int, T: int, keep: int) -> list[tuple[int, int]]:
     size = -(-T // count // 256) * 256  # of whole chunks
     starts = list(range(0, max(1, T - keep + 1), size))
     return list(pairwise([*starts, T]))
+
+
+def _check_quantized(model: XLSTMPreTrainedModel) -> None:
+    dtype = model.get_input_embeddings().weight.dtype
+    if dtype != model.config.dtype:
+        expected = f"the dtype that it was saved in, {dtype}"
+        raise ValueError(f"A quantised checkpoint must load in {expected}, got dtype={model.config.dtype}.")
+    # torchao leaves a weight that its groups do not divide as it is, without a word
+    quantizer: Any = model.hf_quantizer
+    group_size = getattr(getattr(quantizer.quantization_config, "quant_type", None), "group_size", None)
+    if not group_size:
+        return
+    for name, weight in model.named_parameters():
+        if weight.shape[-1] % group_size and quantizer.param_needs_quantization(model, name):
+            shape = tuple(weight.shape)
+            raise ValueError(f"group_size must divide the columns of {name}, of shape {shape}, got {group_size}.")
 
 
 def _check_ids(input_ids: Tensor, vocab_size: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from models import KINDS, assert_near, random_ids, states, tiny_config, tiny_model
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from test_generation import letters_tokenizer
-from test_loading import QUANTIZERS
+from test_quantization import FORMS, load
 from tokenizers import normalizers
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -270,22 +270,17 @@ def test_an_adapted_head_is_a_head():
 
 @pytest.mark.filterwarnings("ignore")  # of the quantisers
 def test_a_quantised_model_is_another(tmp_path):
-    pytest.importorskip("bitsandbytes")
-    pytest.importorskip("torchao")
     plain = tiny_model(hidden_size=64, ffn_round_up_to_multiple_of=64)
     plain.save_pretrained(tmp_path)
     found = {model_fingerprint(plain)}
-    for quantizer in QUANTIZERS.values():
-        quantized = [
-            AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantizer(), device_map="cpu")
-            for _ in range(2)
-        ]
+    for name in FORMS:
+        quantized = [load(name, tmp_path) for _ in range(2)]
         first, again = map(model_fingerprint, quantized)
         assert first == again
         found.add(first)
         quantized[0](random_ids(1, 5))
         assert model_fingerprint(quantized[0]) == first
-    assert len(found) == 4
+    assert len(found) == 1 + len(FORMS)
 
 
 def test_weights_that_are_elsewhere_are_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""Saving and loading: exact, sharded, offloaded, quantised, by the Auto classes, tied, resized, and without Triton."""
+"""Saving and loading: exact, sharded, offloaded, by the Auto classes, tied, resized, and without Triton."""
 
 import json
 import os
@@ -16,8 +16,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    BitsAndBytesConfig,
-    TorchAoConfig,
 )
 
 from modeling_xlstm import (
@@ -197,46 +195,6 @@ def test_gates_stay_float32_in_a_half_precision_model_when_asked_to(keep, dtype,
         assert torch.equal(loaded.get_parameter(name), model.get_parameter(name))
     assert loaded(ids).logits.dtype == getattr(torch, dtype)
     assert torch.isfinite(loaded(ids).logits).all()
-
-
-QUANTIZERS = {
-    "bitsandbytes 8-bit": lambda: BitsAndBytesConfig(load_in_8bit=True),
-    "bitsandbytes 4-bit": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
-    "torchao int8": lambda: torchao_config(),
-}
-
-
-def torchao_config():
-    from torchao.quantization import Int8WeightOnlyConfig
-
-    return TorchAoConfig(Int8WeightOnlyConfig())
-
-
-def is_quantized(module):
-    return not module.weight.is_floating_point() or type(module.weight) is not torch.nn.Parameter
-
-
-# Both packages use what torch has deprecated.
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-@torch.no_grad()
-@pytest.mark.parametrize("name", QUANTIZERS)
-@pytest.mark.parametrize("kind", ["post_up_slstm", "pre_up_slstm"])
-def test_quantisers_leave_the_gates_alone(kind, name, tmp_path):
-    pytest.importorskip(name.split()[0])
-    ids = random_ids(2, 20)
-    model = tiny_model(kind, hidden_size=64, ffn_round_up_to_multiple_of=64)
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=QUANTIZERS[name](), device_map="cpu")
-    linear = {path: module for path, module in loaded.named_modules() if hasattr(module, "in_features")}
-    quantized = {path.split(".")[-1] for path, module in linear.items() if is_quantized(module)}
-    mixer = {"qkvo_proj", "out_proj", "up_proj", "down_proj"} if kind == "post_up_slstm" else {"up_proj", "down_proj"}
-    assert quantized == mixer
-    gates = [module for path, module in linear.items() if path.endswith("gate_proj")]
-    assert gates
-    assert all(gate.weight.dtype == torch.float32 and not is_quantized(gate) for gate in gates)
-    error = (loaded(ids).logits - model(ids).logits).abs().mean() / model(ids).logits.std()
-    assert error < (0.5 if "4-bit" in name else 0.1)
-    assert loaded.generate(ids, max_new_tokens=5, do_sample=False).shape == (2, 25)
 
 
 @torch.no_grad()
