@@ -9,8 +9,7 @@
 | product | gate and up projection | norm before it, SwiGLU behind it |
 | product | down projection | residual |
 
-With more than one row half of a norm is computed behind the product before it, even that of the block before, and the
-first is a kernel of its own. Weights and states are read once, and nothing else of their size.
+With more than one row a norm is a kernel of its own. Weights and states are read once, and nothing else of their size.
 """
 
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor
 from .cache_xlstm import LayerState
 from .layers_xlstm import FEW_STEPS, MLSTMLayer
 from .linear import is_for_triton, is_hooked
-from .linear_triton import Gates, Norm, Rows, multiply
+from .linear_triton import Gates, Norm, multiply
 
 
 def takes(block: Any, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None) -> bool:
@@ -43,24 +42,18 @@ def takes(block: Any, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | 
     )
 
 
-def block_steps(block: Any, rows: Rows, state: LayerState, mask: Tensor | None, next_norm: Tensor | None) -> Rows:
-    """Rows `[B T, D]` to those behind the block; the state becomes the new one.
-
-    `next_norm` is the weight of the norm that follows, if that is known.
-    """
-    mixer, ffn, B = block.mixer, block.ffn, state.cell[0].shape[0]
+def block_steps(block: Any, x: Tensor, state: LayerState, mask: Tensor | None) -> Tensor:
+    """x `[B, T, D]` to that behind the block; the state becomes the new one."""
+    B, T, D = x.shape
+    mixer, ffn = block.mixer, block.ffn
+    x = x.reshape(B * T, D)
     gate_proj = mixer.gate_proj
-    out = rows.x.new_empty(len(rows.x), gate_proj.out_features, dtype=torch.float32)
-    gates = Gates(gate_proj.weight, gate_proj.bias, out)
-    qkvo = multiply(rows, mixer.qkvo_proj.weight, norm=_norm(block.mixer_norm), gates=gates).x
-    y, _ = mixer.heads(qkvo.unflatten(0, (B, -1)), out.unflatten(0, (B, -1)), state.cell, True, mask)
-    if rows.x.dtype == torch.float16:  # where rows that are not normalised yet could overflow
-        ffn_norm = next_norm = None
-    else:
-        ffn_norm = block.ffn_norm.weight
-    rows = multiply(Rows(y.flatten(0, 1)), mixer.out_proj.weight, residual=rows.x, next_norm=ffn_norm)
-    y = multiply(rows, ffn.up_proj.weight, norm=_norm(block.ffn_norm), activation="silu").x
-    return multiply(Rows(y), ffn.down_proj.weight, residual=rows.x, next_norm=next_norm)
+    gates = Gates(gate_proj.weight, gate_proj.bias, x.new_empty(B * T, gate_proj.out_features, dtype=torch.float32))
+    qkvo = multiply(x, mixer.qkvo_proj.weight, norm=_norm(block.mixer_norm), gates=gates)
+    y, _ = mixer.heads(qkvo.view(B, T, -1), gates.out.view(B, T, -1), state.cell, True, mask)
+    x = multiply(y.flatten(0, 1), mixer.out_proj.weight, residual=x)
+    y = multiply(x, ffn.up_proj.weight, norm=_norm(block.ffn_norm), activation="silu")
+    return multiply(y, ffn.down_proj.weight, residual=x).view(B, T, D)
 
 
 def _norm(norm: Any) -> Norm:

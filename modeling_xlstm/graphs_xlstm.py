@@ -61,7 +61,8 @@ class StepGraphs:
             self.memory: Any = None  # a tensor
             self.pool: Any = None
             self.homes: dict[int, XLSTMCache] = {}  # by batch size: their states are views of the memory
-            self.home: Any = None  # the one in use
+            self.home: Any = None  # the one in use, and
+            self.cells: list = []  # the states of its layers
 
     # who may use them
 
@@ -111,7 +112,7 @@ class StepGraphs:
             return False
         (B, T), long = ids.shape, ids.shape[1] > LONGEST
         return (
-            0 < T
+            T > 0
             and (T == 1 or B * _bucket(T) <= MOST)
             and not (long and (logits_to_keep != 1 or cache.is_recording))
             and len({layer.is_empty for layer in cache.layers}) == 1
@@ -131,7 +132,8 @@ class StepGraphs:
             step = self._step(B, _bucket(T), mask is not None or T > 1)
             before = self.memory.clone() if cache.is_recording else None
             step.ids[:, :T].copy_(ids)
-            step.last.fill_(T - 1)
+            if T > LONGEST:
+                step.last.fill_(T - 1)
             if step.mask is not None:
                 step.mask[:, T:] = False
                 step.mask[:, :T] = True if mask is None else mask
@@ -183,7 +185,7 @@ class StepGraphs:
 
     # taking tokens back
 
-    def _undo(self, before: Tensor, inputs: tuple | None, mask: Tensor | None, cache: XLSTMCache, kept: int) -> None:
+    def _undo(self, before: Tensor, inputs: list | None, mask: Tensor | None, cache: XLSTMCache, kept: int) -> None:
         with self.lock, torch.inference_mode(False), torch.no_grad():
             B = cache.layers[0].batch_size
             self._move_in(cache, B)
@@ -226,12 +228,14 @@ class StepGraphs:
                 home.seen_tokens = torch.zeros((), dtype=torch.int64, device=model.device)
             self.homes[B] = home
         self.home = self.homes[B]
+        self.cells = [layer.state.cell for layer in self.home.layers]
 
     def _is_in(self, cache: XLSTMCache) -> bool:
-        homes = self.home.layers
-        return all(
-            a.state is not None and a.state.cell is b.state.cell for a, b in zip(cache.layers, homes, strict=True)
-        )
+        # plain loops: a GPU waits for this at every step
+        for layer, cell in zip(cache.layers, self.cells, strict=True):
+            if layer.state is None or layer.state.cell is not cell:
+                return False
+        return True
 
     def _move_in(self, cache: XLSTMCache, B: int) -> None:
         if self.tenant() is cache and self._is_in(cache):

@@ -26,6 +26,7 @@ from .slstm import slstm_scan, slstm_step
 
 
 if HAS_TRITON:
+    from .gates_triton import gates
     from .head_norm_triton import gated_head_norm
 
 
@@ -114,9 +115,9 @@ class GateLinear(nn.Linear):
     Rows [i | f]. Input gates start from a normal distribution, forget gates from 3 (first head) to 6 (last).
     """
 
-    def __init__(self, inputs: int, heads: int, igate_mean: float, igate_std: float, dtype: torch.dtype):
-        self.igate_mean, self.igate_std = igate_mean, igate_std
-        super().__init__(inputs, 2 * heads, dtype=dtype)
+    def __init__(self, config: XLSTMConfig, inputs: int, igate_mean: float, igate_std: float):
+        self.igate_mean, self.igate_std, self.backend = igate_mean, igate_std, config.backend
+        super().__init__(inputs, 2 * config.num_heads, dtype=gate_dtype(config))
 
     def reset_parameters(self):
         heads, device = self.out_features // 2, self.bias.device
@@ -126,6 +127,8 @@ class GateLinear(nn.Linear):
         init.copy_(self.bias, torch.cat((igate, fgate)))
 
     def forward(self, x: Tensor) -> Tensor:
+        if HAS_TRITON and x.dtype in (torch.float16, torch.bfloat16) and resolve(self.backend, x) == "triton":
+            return gates(x, self.weight, self.bias)
         dtype = state_dtype(x.dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
         with full_precision(x.device):
@@ -257,12 +260,11 @@ class GatedFeedForward(nn.Module):
         super().__init__()
         self.up_proj = projection(config.hidden_size, 2 * size, config.use_bias, small_std(config))  # rows [gate | up]
         self.down_proj = projection(size, config.hidden_size, config.use_bias, wang_std(config))
-        self.activation = F.silu if activation == "silu" else F.gelu
-        self.backend = config.backend
+        self.activation, self.backend = activation, config.backend
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = linear(self.up_proj, x, backend=self.backend).chunk(2, -1)
-        return linear(self.down_proj, self.activation(gate) * up, backend=self.backend)
+        y = linear(self.up_proj, x, activation=self.activation, backend=self.backend)
+        return linear(self.down_proj, y, backend=self.backend)
 
 
 # So many steps are taken one after the other, where the state may be overwritten, rather than in parallel.
@@ -277,7 +279,7 @@ class _MLSTMMixer(nn.Module):
         config.check_mlstm()
         self.config = config
         self.backend = config.backend
-        self.gate_proj = GateLinear(gate_inputs, config.num_heads, igate_mean, igate_std, gate_dtype(config))
+        self.gate_proj = GateLinear(config, gate_inputs, igate_mean, igate_std)
         self.head_norm = HeadNorm(config, config.inner_size)
 
     def _cell(

@@ -4,9 +4,11 @@ In float32 on a CPU, PyTorch multiplies with MKL where oneDNN can be faster; a f
 multiplied in Triton. Parameters are the same and results equal up to rounding.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
@@ -16,7 +18,10 @@ from .fused import soft_cap
 
 
 if HAS_TRITON:
-    from .linear_triton import ROWS, Rows, multiply
+    from .glu_triton import gated_linear_unit
+    from .linear_triton import ROWS, multiply
+
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {"silu": F.silu, "gelu": F.gelu}
 
 
 class _OneDNNLinear(torch.autograd.Function):
@@ -89,18 +94,36 @@ def is_for_triton(module: Any, x: Tensor, backend: str) -> bool:
     )
 
 
-def linear(module: Any, x: Tensor, *, cap: float | None = None, backend: str = "auto") -> Tensor:
-    """`soft_cap(module(x), cap)`, x `[..., inputs]`; `backend` is that of a few rows for inference."""
+def linear(
+    module: Any, x: Tensor, *, activation: str = "", cap: float | None = None, backend: str = "auto"
+) -> Tensor:  # fmt: skip
+    """`soft_cap(module(x), cap)`, x `[..., inputs]`; `backend` is that of few rows for inference, and of activations.
+
+    With an activation, `"silu"` or `"gelu"`, the module gives rows [gate | up], and `activation(gate) * up` is capped.
+    """
     fits = x.shape[-1] == module.in_features
     if fits and is_for_triton(module, x, backend):
-        y, *_ = multiply(Rows(x.reshape(-1, x.shape[-1])), module.weight, cap=cap)
-        return y.view(*x.shape[:-1], module.out_features)
+        y = multiply(x.reshape(-1, x.shape[-1]), module.weight, activation=activation, cap=cap)
+        return y.view(*x.shape[:-1], y.shape[-1])
+    y = _product(module, x) if fits else module(x)
+    return soft_cap(_glu(y, activation, backend) if activation else y, cap)
+
+
+def _product(module: Any, x: Tensor) -> Tensor:
     on_cpu = HAS_ONEDNN_LINEAR and x.device.type == "cpu" and x.dtype == torch.float32
-    if not (fits and on_cpu and is_plain(module, x)):
-        return soft_cap(module(x), cap)
+    if not (on_cpu and is_plain(module, x)):
+        return module(x)
     inputs: tuple[Any, ...] = (x.reshape(-1, x.shape[-1]), module.weight, module.bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         y = _OneDNNLinear.apply(*inputs)
     else:
         y = _multiply(*inputs)
-    return soft_cap(y.view(*x.shape[:-1], module.out_features), cap)
+    return y.view(*x.shape[:-1], module.out_features)
+
+
+def _glu(x: Tensor, activation: str, backend: str) -> Tensor:
+    # a compiler makes one kernel of what PyTorch computes
+    if HAS_TRITON and not torch.compiler.is_compiling() and resolve(backend, x) == "triton":
+        return gated_linear_unit(x, activation)
+    gate, up = x.chunk(2, -1)
+    return ACTIVATIONS[activation](gate) * up

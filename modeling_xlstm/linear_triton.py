@@ -24,6 +24,7 @@ from .triton_language import (
     gdc_launch_dependents,
     gdc_wait,
     power_of_2,
+    processors,
     shared_memory,
     tl,
     triton,
@@ -33,7 +34,6 @@ from .triton_language import (
 ROWS = 64  # what is faster than a product of PyTorch
 LINE = tl.constexpr(128)  # bytes that memory hands out at once
 AHEAD = tl.constexpr(2)  # blocks of weights asked for before the rest may be read
-MOST_PARTS = 8192  # of squares, which a program holds while it multiplies
 
 
 # helpers
@@ -142,17 +142,14 @@ def norm_kernel(x, norm, y, eps, K: tl.constexpr, BK: tl.constexpr, CHAINED: tl.
 
 @triton.jit(do_not_specialize=["M"])
 def rows_kernel(
-    x, blocks, weight, y, residual, before, norm, squares, gate_weight, gate_bias, gates,
-    next_norm, next_weighted, next_squares, N, M, eps, cap,
+    x, blocks, weight, y, residual, before, norm, gate_weight, gate_bias, gates, N, M, eps, cap,
     K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, G: tl.constexpr, GM: tl.constexpr,
-    GG: tl.constexpr, GK: tl.constexpr, PARTS: tl.constexpr, BP: tl.constexpr, ACTIVATION: tl.constexpr,
-    RESIDUAL: tl.constexpr, CAPPED: tl.constexpr, NEXT: tl.constexpr, STAGES: tl.constexpr, CHAINED: tl.constexpr,
+    GG: tl.constexpr, GK: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, CAPPED: tl.constexpr,
+    STAGES: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """`BN` outputs for every row, or in the first programs `GG` gates of `GM` rows.
 
-    `x` and `blocks`, which are those of `weight`, are described to the copy engine; `before` is x before the norm. A
-    norm is half done where there are `PARTS` of the squares of each row: x has its weight, and is scaled behind the
-    product. For that which follows, `NEXT` does the half.
+    `x` and `blocks`, which are those of `weight`, are described to the copy engine; `before` is x before the norm.
     """
     i, GATE_PROGRAMS = tl.program_id(0), 0
     if G > 0:
@@ -174,27 +171,16 @@ def rows_kernel(
                 _ask(lines + N.to(tl.int64) * K)
             gdc_wait()
             gdc_launch_dependents()
-        if PARTS > 0:
-            o_p = tl.arange(0, BP)
-            parts = tl.load(squares + o_p[:, None] * BM + o_m[None, :], mask=(o_p < PARTS)[:, None], other=0.0)
         total, up = tl.zeros([BN, BM], dtype=tl.float32), tl.zeros([BN, BM], dtype=tl.float32)
         for k in tl.range(0, K, BK, num_stages=STAGES):
             b_x = tl.trans(x.load([0, k]))
             total = tl.dot(blocks.load([n, k]), b_x, total)
             if ACTIVATION != "":
                 up = tl.dot(blocks.load([N + n, k]), b_x, up)
-        if PARTS > 0:
-            scale = tl.rsqrt(tl.sum(parts, 0) / K + eps)[None, :]
-            total, up = total * scale, up * scale
         o = o_m[None, :] * N + o_n[:, None]
         valid = (o_m < M)[None, :] & (o_n < N)[:, None]
-        b_y = _finish(total, up, o, valid, residual, cap, ACTIVATION, RESIDUAL, CAPPED).to(y.dtype.element_ty)
-        tl.store(y + o, b_y, mask=valid)
-        if NEXT:
-            b_y = tl.where(valid, b_y.to(tl.float32), 0.0)
-            b_norm = tl.load(next_norm + o_n, mask=o_n < N, other=0.0).to(tl.float32)
-            tl.store(next_weighted + o, (b_y * b_norm[:, None]).to(y.dtype.element_ty), mask=valid)
-            tl.store(next_squares + n // BN * BM + o_m, tl.sum(b_y * b_y, 0))
+        total = _finish(total, up, o, valid, residual, cap, ACTIVATION, RESIDUAL, CAPPED)
+        tl.store(y + o, total.to(y.dtype.element_ty), mask=valid)
 
 
 @triton.jit
@@ -223,17 +209,8 @@ class Gates(NamedTuple):
     out: Tensor
 
 
-class Rows(NamedTuple):
-    """Rows x `[M, K]`, and perhaps the half of the norm that follows: x times its weight `[M, K]`, and parts of the sums
-    of `x ** 2` `[P, M rounded up]` in float32."""
-
-    x: Tensor
-    weighted: Tensor | None = None
-    squares: Tensor | None = None
-
-
 def multiply(
-    rows: Rows,
+    x: Tensor,
     weight: Tensor,
     *,
     norm: Norm | None = None,
@@ -241,23 +218,18 @@ def multiply(
     activation: str = "",
     residual: Tensor | None = None,
     cap: float | None = None,
-    next_norm: Tensor | None = None,
-) -> Rows:
+) -> Tensor:
     """y `[M, N]` in the dtype of x: `cap(activation(rms_norm(x) @ weight.T) + residual)`. Without gradients.
 
     Args:
-        rows: x `[M, K]`, contiguous, M at most `ROWS`; float16 or bfloat16 (one row: float32 too).
+        x: `[M, K]`, contiguous, M at most `ROWS`; float16 or bfloat16 (one row: float32 too).
         weight: `[N, K]`, contiguous, of the dtype of x; with an activation `[2 N, K]`, rows [gate | up].
-        norm: What is done to x first. It rounds rows to the dtype of x where there are more than one. If `rows` has
-            half of it, that was for this norm.
+        norm: What is done to x first. It rounds rows to the dtype of x where there are more than one.
         gates: More outputs, in float32, where there is a norm.
         activation: `"silu"` or `"gelu"`: of the gate, which is multiplied with what is up.
         residual: `[M, N]`, contiguous, of the dtype of x.
         cap: y becomes `cap * tanh(y / cap)`.
-        next_norm: Weight `[N]` of the norm that follows, half of which is done where that is faster. Before the other
-            half rows may overflow in float16.
     """
-    x, weighted, squares = rows
     M, K = x.shape
     N = weight.shape[0] // (2 if activation else 1)
     y, chain = x.new_empty(M, N), chain_options(chains(x.device))
@@ -275,35 +247,33 @@ def multiply(
                 x, weight, y, norm_weight, residual, gate_weight, gate_bias, out, N, eps, cap or 0.0,
                 BN=BN, BK=BK, G=G, NORM=norm is not None, **options,
             )  # fmt: skip
-            return Rows(y)
+            return y
         before, (norm_weight, eps) = x, norm or (None, 0.0)
-        if squares is not None:
-            x = weighted
-        elif norm is not None:
+        if norm is not None:
             x = torch.empty_like(before)
             norm_kernel[(M,)](
                 before, norm_weight, x, eps, K=K, BK=power_of_2(K), num_warps=8, **chain,
             )  # fmt: skip
-        BM, BN, GM, GG = max(16, power_of_2(M)), 64, 4, 4
-        BK, stages = _depth((BM + BN * (2 if activation else 1)) * x.element_size(), BM, x.device)
-        following = Rows(y)
-        if next_norm is not None and blocks_of(N, BN) * BM <= MOST_PARTS:
-            following = Rows(y, torch.empty_like(y), y.new_empty(blocks_of(N, BN), BM, dtype=torch.float32))
-        parts = 0 if squares is None else squares.shape[0]
+        BM, GM, GG = max(16, power_of_2(M)), 4, 4
+        BN, BK, options["num_warps"], stages = _blocks(BM, N, K, bool(activation), x.element_size(), x.device)
         rows_kernel[(blocks_of(N, BN) + blocks_of(M, GM) * blocks_of(G, GG),)](
             TensorDescriptor(x, [M, K], [K, 1], [BM, BK]), TensorDescriptor(weight, [*weight.shape], [K, 1], [BN, BK]),
-            weight, y, residual, before, norm_weight, squares, gate_weight, gate_bias, out,
-            next_norm, *following[1:], N, M, eps, cap or 0.0,
-            BM=BM, BN=BN, BK=BK, G=G, GM=GM, GG=GG, GK=min(512, power_of_2(K)), PARTS=parts, BP=power_of_2(parts),
-            NEXT=following.squares is not None, STAGES=stages, **options,
+            weight, y, residual, before, norm_weight, gate_weight, gate_bias, out, N, M, eps, cap or 0.0,
+            BM=BM, BN=BN, BK=BK, G=G, GM=GM, GG=GG, GK=min(512, power_of_2(K)), STAGES=stages, **options,
         )  # fmt: skip
-    return following
+    return y
 
 
-def _depth(width: int, BM: int, device: torch.device) -> tuple[int, int]:
-    """Inputs in a block, each of `width` bytes, and how many blocks are on their way at once. Picked for an H100."""
-    memory = (shared_memory(device) or 1 << 18) - 4096
+def _blocks(
+    BM: int, N: int, K: int, gated: bool, itemsize: int, device: torch.device
+) -> tuple[int, int, int, int]:  # fmt: skip
+    """Outputs and inputs of a block, warps, and how many blocks are on their way at once. Picked on an H100."""
+    BN, warps = (32, 2) if BM == 16 and not gated and K <= 8192 else (64, 4)
     BK = 256 if BM == 16 else 128
+    memory = (shared_memory(device) or 1 << 18) - 4096
+    if not gated and blocks_of(N, BN) > (processors(device) or 1):  # two programs share a processor
+        memory //= 2
+    width = (BM + BN * (2 if gated else 1)) * itemsize
     while 2 * BK * width > memory:
         BK //= 2
-    return BK, min(8, memory // (BK * width))
+    return BN, BK, warps, min(9, memory // (BK * width))

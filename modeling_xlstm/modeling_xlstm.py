@@ -59,7 +59,6 @@ from .linear import linear
 
 if HAS_TRITON:
     from .block_triton import block_steps, takes
-    from .linear_triton import Rows
 
 
 logger = logging.get_logger(__name__)
@@ -100,6 +99,8 @@ class XLSTMBlock(GradientCheckpointingLayer):
         cu_seqlens: Tensor | None = None,
         keep: int | None = None,
     ) -> tuple[Tensor, LayerState]:
+        if HAS_TRITON and takes(self, x, state, cu_seqlens):
+            return last(block_steps(self, x, state, mask), keep), state
         y, state = self.mixer(self.mixer_norm(x), state, mask=mask, cu_seqlens=cu_seqlens, keep=keep)
         x = last(x, keep) + self.dropout(y)
         if self.ffn is not None:
@@ -208,7 +209,7 @@ class XLSTMPreTrainedModel(PreTrainedModel):
 
     def set_backend(self, backend: str) -> None:
         """Selects the kernels of every layer: `"auto"`, `"torch"` or `"triton"`; raises if they cannot run here."""
-        kinds = MLSTMLayer | MLSTMPreUpLayer | SLSTMLayer | GatedFeedForward
+        kinds = MLSTMLayer | MLSTMPreUpLayer | SLSTMLayer | GatedFeedForward | GateLinear
         layers = [x for x in self.modules() if isinstance(x, kinds)]
         for layer in layers:
             if isinstance(layer, SLSTMLayer):
@@ -306,7 +307,7 @@ class XLSTMModel(XLSTMPreTrainedModel):
             else:  # which may hold anything where there is padding, even NaN
                 x = piece if part is None else piece.masked_fill(~part[..., None], 0.0)
             keep = (logits_to_keep or None) if end == T else 1
-            x = self.read(x, cache, part, cu_seqlens, keep, fused=not collecting)
+            x = self.read(x, cache, part, cu_seqlens, keep)
             if end < T:
                 cache.is_broken = True  # until all is read
                 cache.records = []  # what it takes to undo it would grow with the text
@@ -319,48 +320,33 @@ class XLSTMModel(XLSTMPreTrainedModel):
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         keep: int | None = None,
-        *,
-        fused: bool = True,
         inputs: list[Tensor] | None = None,
     ) -> Tensor:
         """x `[B, T, D]` through all blocks, y of the last `keep` positions; the cache reads on.
 
         Args:
             x, mask, cu_seqlens, keep: As in [`XLSTMBlock`].
-            fused: Whether a block may be computed without being called, which others would not see.
             inputs: A list for what is given to each block.
         """
-        B, T, D = x.shape
-        states = [None if cache is None else cache.get_state(i, B) for i in range(len(self.layers))]
-        fused = fused and HAS_TRITON and not torch.compiler.is_compiling()
-        serves = [fused and takes(block, x, s, cu_seqlens) for block, s in zip(self.layers, states, strict=True)]
+        B, T, _ = x.shape
         recording = cache is not None and cache.is_recording
         passes: list[tuple] = []  # of each layer what it takes to redo it
-        rows = None  # x, where the block before has left it as rows
-        for i, (block, state) in enumerate(zip(self.layers, states, strict=True)):
+        for i, block in enumerate(self.layers):
+            state = None if cache is None else cache.get_state(i, B)
             if recording:
                 before = None if state is None or cache.layers[i].is_empty else state.map(Tensor.clone)
                 passes.append((block, x, before))
             if inputs is not None:
                 inputs.append(x)
-            if serves[i]:
-                cache.is_broken = True  # as states are overwritten before the block has ended
-                following = i + 1 < len(self.layers) and serves[i + 1]
-                next_norm = self.layers[i + 1].mixer_norm.weight if following else None
-                rows = block_steps(block, rows or Rows(x.reshape(-1, D)), state, mask, next_norm)
-                x = rows.x.view(B, T, D)
-            else:
-                rows = None
-                x, state = block(
-                    x, state, mask=mask, cu_seqlens=cu_seqlens, keep=keep if i + 1 == len(self.layers) else None
-                )
+            kept = keep if i + 1 == len(self.layers) else None
+            x, state = block(x, state, mask=mask, cu_seqlens=cu_seqlens, keep=kept)
             if cache is not None:
                 cache.update(state, i)
         if cache is not None:
             cache.advance(T, x.device)
             if recording:
                 cache.record(T, partial(_undo, passes, mask))
-        return last(x, keep)
+        return x
 
 
 # Tokens of all rows that are read at once, so that the memory for a prompt does not grow with it.
@@ -370,8 +356,7 @@ PIECE = 16384
 def _pieces(B: int, T: int, keep: int) -> list[tuple[int, int]]:
     """Bounds of pieces of T tokens of B rows, about as long as each other, the last of at least `keep`."""
     count = -(-B * T // PIECE)
-    size = -(-T // count // 256) * 256  # of whole chunks
-    starts = list(range(0, max(1, T - keep + 1), size))
+    starts = list(range(0, max(1, T - keep + 1), -(-T // count)))
     return list(pairwise([*starts, T]))
 
 
@@ -549,7 +534,7 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
             cache = past_key_values if cache_params is None else cache_params
             if graphs.fits(input_ids, cache, logits_to_keep) and not kwargs.get("output_hidden_states"):
                 _check_ids(input_ids, self.config.vocab_size)
-                mask = _padding_mask(attention_mask, *input_ids.shape, cache)
+                mask = _padding_mask(attention_mask, len(input_ids), input_ids.shape[1], cache)
                 logits = graphs(input_ids, mask, cache)[:, -logits_to_keep:]
                 return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
             graphs.vacate()
@@ -769,7 +754,8 @@ class XLSTMForSequenceClassification(XLSTMPreTrainedModel):
         )
         x = outputs.last_hidden_state
         mask = None if attention_mask is None else attention_mask[:, -x.shape[1] :] != 0
-        bounds = _packed_bounds(kwargs, *x.shape[:2], x.device, None if mask is None or mask.all() else mask)
+        padded = None if mask is None or mask.all() else mask
+        bounds = _packed_bounds(kwargs, x.shape[0], x.shape[1], x.device, padded)
         if bounds is not None:
             x = x[0, bounds[1:] - 1]
         else:

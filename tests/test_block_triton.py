@@ -16,7 +16,6 @@ pytestmark = [pytest.mark.usefixtures("poisoned_memory"), needs_somewhere_to_run
 
 if RUN:
     from modeling_xlstm.block_triton import block_steps, takes
-    from modeling_xlstm.linear_triton import Rows
 
 DTYPES = (torch.float16, torch.bfloat16) if GPU else (torch.float16,)
 CONFIG = {"hidden_size": 64, "num_heads": 2, "num_hidden_layers": 2, "vocab_size": 100}
@@ -59,8 +58,7 @@ def test_few_tokens_are_those_of_the_block(B, T, masked, dtype):
     block.to(DEVICE).mixer.backend = "triton"
     owned = LayerState(MLSTMState(*(s.to(DEVICE, copy=True) for s in state)), in_place=True)
     assert takes(block, x.to(DEVICE), owned, None)
-    rows, mask = Rows(x.to(DEVICE).flatten(0, 1)), None if mask is None else mask.to(DEVICE)
-    y = block_steps(block, rows, owned, mask, None).x.view_as(x)
+    y = block_steps(block, x.to(DEVICE), owned, None if mask is None else mask.to(DEVICE))
     assert_each(
         assert_matches, {"y": y.cpu(), **{k: s.cpu() for k, s in owned.cell._asdict().items()}}, oracle, baseline
     )

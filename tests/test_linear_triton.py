@@ -10,7 +10,7 @@ from triton_device import DEVICE, GPU, RUN, needs_somewhere_to_run
 pytestmark = [pytest.mark.usefixtures("poisoned_memory"), needs_somewhere_to_run]
 
 if RUN:
-    from modeling_xlstm.linear_triton import Gates, Norm, Rows, multiply
+    from modeling_xlstm.linear_triton import Gates, Norm, multiply
 
 DTYPES = (torch.float16, torch.bfloat16) if GPU else (torch.float16,)
 # rows, inputs, outputs
@@ -51,8 +51,7 @@ def cast(x, dtype=None, device="cpu"):
 def assert_right(options, cap=None):
     inputs = {name: cast(x, device=DEVICE) for name, x in options.items()}
     norm = inputs.pop("norm")
-    norm = None if norm is None else Norm(*norm)
-    y, *_ = multiply(Rows(inputs.pop("x")), inputs.pop("weight"), norm=norm, cap=cap, **inputs)
+    y = multiply(inputs.pop("x"), inputs.pop("weight"), norm=None if norm is None else Norm(*norm), cap=cap, **inputs)
     baseline = formula(**options, cap=cap)
     oracle = formula(**{name: cast(x, torch.float64) for name, x in options.items()}, cap=cap)
     assert_matches(y.cpu(), oracle, baseline)
@@ -82,7 +81,7 @@ def test_gates_are_of_the_normalised_rows_in_float32(M, K, G, dtype):
     out = torch.full((M, G), torch.nan, device=DEVICE)
     norm = Norm(*cast(options["norm"], device=DEVICE))
     gates = Gates(weight.to(DEVICE), bias.to(DEVICE), out)
-    y, *_ = multiply(Rows(options["x"].to(DEVICE)), options["weight"].to(DEVICE), norm=norm, gates=gates)
+    y = multiply(options["x"].to(DEVICE), options["weight"].to(DEVICE), norm=norm, gates=gates)
     x = F.rms_norm(options["x"].double(), (K,), options["norm"][0].double(), 1e-5)
     baseline = F.linear(x.float(), weight, bias)
     assert_matches(out.cpu(), F.linear(x, weight.double(), bias.double()), baseline)
@@ -90,33 +89,10 @@ def test_gates_are_of_the_normalised_rows_in_float32(M, K, G, dtype):
     assert_matches(y.cpu(), formula(**double), formula(**options))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", ["", "silu"])
-@pytest.mark.parametrize("M, K, D, N", [(1, 40, 72, 33), (2, 40, 72, 33), (9, 264, 200, 130), (40, 136, 136, 70)])
-def test_a_norm_that_is_half_done_is_the_norm(M, K, D, N, activation, dtype):
-    first = tensors(M, K, D, dtype, normed=False, activation="", residual=True)
-    second = tensors(M, D, N, dtype, normed=True, activation=activation, residual=False)
-    device = {name: cast(x, device=DEVICE) for name, x in first.items()}
-    norm = Norm(*cast(second["norm"], device=DEVICE))
-    rows = multiply(
-        Rows(device["x"]), device["weight"], residual=device["residual"], next_norm=norm.weight,
-    )  # fmt: skip
-    assert (rows.squares is None) == (rows.weighted is None) == (M == 1)
-    y, *_ = multiply(rows, second["weight"].to(DEVICE), norm=norm, activation=activation)
-    second["x"] = rows.x.cpu()
-    double = {name: cast(x, torch.float64) for name, x in second.items()}
-    assert_matches(rows.x.cpu(), formula(**{n: cast(x, torch.float64) for n, x in first.items()}), formula(**first))
-    assert_matches(y.cpu(), formula(**double), formula(**second))
-
-
 @pytest.mark.skipif(not GPU, reason="the interpreter has no products in other orders")
 @pytest.mark.parametrize("M", [1, 8, 64])
 def test_two_runs_are_bit_equal(M):
     x, weight = torch.randn(M, 4096, device=DEVICE).bfloat16(), torch.randn(8192, 4096, device=DEVICE).bfloat16()
-    norm, down = Norm(torch.rand(4096, device=DEVICE).bfloat16(), 1e-6), torch.randn_like(weight[:4096])
-
-    def run():
-        rows = multiply(Rows(x), down, next_norm=norm.weight)
-        return multiply(rows, weight, norm=norm, activation="silu").x
-
-    assert torch.equal(run(), run())
+    norm = Norm(torch.rand(4096, device=DEVICE).bfloat16(), 1e-6)
+    first, second = (multiply(x, weight, norm=norm, activation="silu") for _ in range(2))
+    assert torch.equal(first, second)

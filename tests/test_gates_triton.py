@@ -1,0 +1,50 @@
+"""The Triton kernel of gates against PyTorch's product in float32, on a GPU or in Triton's interpreter."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import assert_each, assert_matches
+from triton_device import DEVICE, GPU, needs_somewhere_to_run
+
+from modeling_xlstm.gates_triton import gates
+
+
+pytestmark = [pytest.mark.usefixtures("poisoned_memory"), needs_somewhere_to_run]
+
+SHAPES = [(1, 1, 8, 1), (2, 3, 40, 2), (1, 33, 300, 16), (3, 7, 129, 34)]
+if GPU:
+    SHAPES += [(1, 2048, 4096, 16), (2, 5000, 4096, 16)]
+
+
+def output_and_grads(fn, inputs, dy):
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    y = fn(**leaves)
+    grads = torch.autograd.grad(y, list(leaves.values()), dy.to(y))
+    return {"y": y.detach().cpu()} | {f"gradient of {n}": g.cpu() for n, g in zip(leaves, grads, strict=True)}
+
+
+def formula(x, weight, bias=None):
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("B, T, K, G", SHAPES)
+def test_values_and_gradients_are_right(B, T, K, G, dtype, weight_dtype, biased):
+    x, dy = torch.randn(B, T, K).to(dtype), torch.randn(B, T, G)
+    inputs = {"x": x, "weight": (torch.randn(G, K) / K**0.5).to(weight_dtype)}
+    if biased:
+        inputs["bias"] = torch.randn(G).to(weight_dtype)
+    actual = output_and_grads(
+        lambda x, weight, bias=None: gates(x, weight, bias), {n: t.to(DEVICE) for n, t in inputs.items()}, dy
+    )
+    double = {name: t.double() for name, t in inputs.items()}
+    assert_each(assert_matches, actual, output_and_grads(formula, double, dy), output_and_grads(formula, inputs, dy))
+
+
+def test_the_op_is_registered_right():
+    x = torch.randn(2, 3, 32, device=DEVICE, requires_grad=True, dtype=torch.float16)
+    weight, bias = torch.randn(4, 32, device=DEVICE, requires_grad=True), torch.randn(4, device=DEVICE)
+    torch.library.opcheck(gates, (x, weight, bias))
