@@ -1,4 +1,4 @@
-"""The benchmark of ops, without a GPU: its formulas, its inputs, and what it says where there is no number."""
+"""Benchmarks without a GPU: formulas and inputs of ops, tiny models that write, and what is said without a number."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 import torch
 from numerics import assert_exact
 
-from benchmarks import ops
+from benchmarks import generation, ops
 
 
 SMALL = ops.Shape("small", B=1, T=3, H=2, K=4, V=8)
@@ -257,3 +257,97 @@ def test_without_a_gpu_the_command_ends_in_a_sentence():
     )
     assert run.returncode == 1 and not run.stdout
     assert run.stderr == "Ops are measured on a CUDA GPU, and PyTorch finds none here.\n"
+
+
+# whole models
+
+
+class Here:
+    """In place of a process of its own."""
+
+    def attempt(self, function, *args):
+        return function(*args), ""
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def tiny(monkeypatch, capsys):
+    """Runs sections with tiny models on a CPU, in this process; returns the rows of all tables, and what is printed."""
+    monkeypatch.setattr(generation, "DEVICE", "cpu")
+    monkeypatch.setattr(generation, "Worker", Here)
+    monkeypatch.setattr(generation.transformers.logging, "set_verbosity_error", lambda: None)
+
+    def run(*sections):
+        generation.main([*sections, "--tiny"])
+        printed = capsys.readouterr().out
+        rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")]
+        return [row for row in rows if row[0] != "model"], printed
+
+    return run
+
+
+PEERS_ON_CPU = {
+    "generate": [generation.OURS, generation.EAGER, generation.NATIVE, generation.LLAMA],
+    "first": [generation.OURS, generation.NATIVE],
+    "prefill": [generation.OURS, generation.NATIVE, generation.LLAMA],
+    "long": [generation.OURS, generation.IN_PIECES],
+}
+
+
+@pytest.mark.parametrize("section", PEERS_ON_CPU)
+def test_each_peer_has_two_rows_in_a_table(section, tiny):
+    rows, printed = tiny(section)
+    here = [peer for peer in PEERS_ON_CPU[section] if not generation.missing(generation.PEERS[peer])]
+    assert [row[0] for row in rows] == [peer for peer in here for _ in range(2)]
+    assert printed.startswith(f"{generation.platform.machine()}, bfloat16, torch ")
+    missing = set(generation.SECTIONS[section].peers) - set(here)
+    assert printed.count("Not measured: ") == len(missing) and all(
+        f"Not measured: {peer}, " in printed for peer in missing
+    )
+
+
+def test_prompts_take_turns_and_lookup_is_compared_with_plain_generation(tiny):
+    rows, _ = tiny("position", "lookup")
+    assert [row[1] for row in rows[:2]] == ["8", "64"] and rows[0][-1] == "1.000"
+    assert [row[2] for row in rows[2:]] == ["0", "10", "5"] * 2
+    assert all(row[-1] == "8 of 8" for row in rows[2:5])
+    assert [row[4:6] for row in (rows[2], rows[5])] == [["1.00", "0.00"]] * 2
+
+
+def test_a_model_is_measured_in_a_process_of_its_own(monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert not generation.table("position", generation.SECTIONS["position"], generation.TINY)
+    assert capsys.readouterr().out.count("| modeling_xlstm | ") == 2
+
+
+def test_models_that_fail_are_sentences_and_ours_an_error(tiny, monkeypatch, capsys):
+    def attempt(self, function, name, sizes):
+        return (None, "RuntimeError: no") if name != generation.LLAMA else (function(name, sizes), "")
+
+    monkeypatch.setattr(Here, "attempt", attempt)
+    monkeypatch.setattr(generation, "missing", lambda peer: "")
+    with pytest.raises(SystemExit, match="^prefill: RuntimeError: no$"):
+        tiny("prefill")
+    printed = capsys.readouterr().out
+    assert f"Not measured: {generation.NATIVE}, RuntimeError: no\n" in printed
+    (first, _) = (line for line in printed.splitlines() if line.startswith("| Llama | "))
+    assert first.endswith(" |  |")  # nothing of ours to compare with
+
+
+def test_another_text_than_plain_is_an_error(tiny, monkeypatch):
+    row = {"after": "a text", "drafted": 5, "tokens/s": 1.0, "of plain": 1.0, "accepted a pass": 0.0}
+    row |= {"as plain": "7 of 8", "wrong": True}
+    monkeypatch.setattr(Here, "attempt", lambda self, *args: ([row], ""))
+    with pytest.raises(SystemExit, match="lookup: another text than plain after a text"):
+        tiny("lookup")
+
+
+def test_models_need_a_gpu_and_sections_a_name(monkeypatch, capsys):
+    monkeypatch.setattr(generation, "DEVICE", "cpu")
+    with pytest.raises(SystemExit, match="measured on a CUDA GPU, and PyTorch finds none here; --tiny needs none."):
+        generation.main([])
+    with pytest.raises(SystemExit):
+        generation.main(["--tiny", "speed"])
+    assert "Sections are generate, first, prefill, long, position, lookup, got speed." in capsys.readouterr().err
