@@ -6,13 +6,14 @@ xLSTM bfloat16. Texts are greedy and of a fixed length. The tests of what is tim
 of its own, since some peers abort theirs.
 
 - `generate`: texts after a prompt of 16, median of 3 calls, what is compiled excluded. They are of 256 tokens, or of 32
-  where a token takes long, so models are compared by the tokens after the first: a call less one of a single token.
+  where a token takes long, so models are compared by the tokens after the first: a call less one of a single token. Of
+  these a step of ours is what is replayed, without the choice of a token and the loop around both.
 - `first`: seconds from a model to the end of the first call, of one token, and to the end of the second, of two, in a
   fresh process; with an empty folder for compiled code, and with what that process has left there.
 - `prefill`: one forward pass that keeps the state and the last logits, median of 5. Transformers' own xLSTM, whatever
   `logits_to_keep` says, predicts every token.
-- `long`: `generate` of one token after 1,048,576, whole and read in pieces, beside its speed after 16,384; extra memory
-  is the peak less what was there before.
+- `long`: `generate` of one token after 1,048,576 beside its speed after 16,384; extra memory is the peak less what was
+  there before.
 - `position`: 128 tokens after prompts that have been read, median of 5 rounds in which the prompts take turns.
 - `lookup`: `prompt_lookup_num_tokens` beside plain `generate`, for one text of 256 tokens, median of 3: by the trained
   model of `checkpoints`, in float32, after a text that repeats, and by random weights after 1,024 tokens of their own.
@@ -42,6 +43,7 @@ from torch import Tensor
 
 import modeling_xlstm
 from benchmarks.ops import OURS, ROOT, Worker, obstacle, version
+from modeling_xlstm.graphs_xlstm import graphs_of
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -112,14 +114,13 @@ class Peer(NamedTuple):
 
 
 KERNELS = ("xlstm", "mlstm_kernels")
-EAGER, IN_PIECES = f"{OURS}, disable_compile", f"{OURS}, prefill_chunk_size={PIECE}"
+EAGER = f"{OURS}, disable_compile"
 NATIVE, LIMIT_CHUNK, XL_CHUNK = (f"Transformers xLSTM, {kernels}" for kernels in ("native", "limit_chunk", "xl_chunk"))
 LLAMA = "Llama"
 TRITON = partial(in_tree, sequence_kernel="native_sequence__triton", step_kernel="triton")
 PEERS = {
     OURS: Peer(ours),
     EAGER: Peer(ours, {"disable_compile": True}, slow=True),
-    IN_PIECES: Peer(ours, {"prefill_chunk_size": PIECE}),
     NATIVE: Peer(in_tree, slow=True),
     LIMIT_CHUNK: Peer(partial(TRITON, chunkwise_kernel="chunkwise--triton_limit_chunk"), slow=True, triton=True),
     XL_CHUNK: Peer(partial(TRITON, chunkwise_kernel="chunkwise--triton_xl_chunk"), slow=True, triton=True),
@@ -194,7 +195,10 @@ def measure_generate(name: str, sizes: Sizes) -> list[Row]:
         whole = median_seconds(partial(write, model, ids, new, **peer.options), warm_ups=peer.warm_ups)
         first = median_seconds(partial(write, model, ids, 1, **peer.options))
         row = {"batch": B, "new tokens": new, "tokens/s": B * new / whole, "ms for the first": first * 1e3}
-        rows.append(row | {"tokens/s after it": B * (new - 1) / (whole - first)})
+        step = graphs_of(model).steps.get((B, 1, False)) if name == OURS else None
+        alone = None if step is None else median_seconds(step.graph.replay, rounds=9)
+        row |= {"tokens/s after it": B * (new - 1) / (whole - first), "tokens/s of a step": alone and B / alone}
+        rows.append(row)
     return rows
 
 
@@ -303,7 +307,8 @@ class Section(NamedTuple):
 SECTIONS = {
     "generate": Section(
         measure_generate, (OURS, EAGER, NATIVE, LIMIT_CHUNK, LLAMA),
-        {"batch": "d", "new tokens": "d", "tokens/s": ".1f", "ms for the first": ".1f", "tokens/s after it": ".1f"},
+        {"batch": "d", "new tokens": "d", "tokens/s": ".1f", "ms for the first": ".1f", "tokens/s after it": ".1f",
+         "tokens/s of a step": ".1f"},
         "batch", "tokens/s after it",
     ),
     "first": Section(
@@ -315,7 +320,7 @@ SECTIONS = {
         {"tokens": "d", "ms": ".1f", "tokens/s": ".0f"}, "tokens", "tokens/s",
     ),
     "long": Section(
-        measure_long, (OURS, IN_PIECES),
+        measure_long, (OURS,),
         {"tokens": "d", "s": ".2f", "tokens/s": ".0f", "of shorter": ".2f", "extra GiB": ".2f"},
     ),
     "position": Section(

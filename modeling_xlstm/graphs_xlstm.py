@@ -131,7 +131,7 @@ class StepGraphs:
             self._move_in(cache, B)
             step = self._step(B, _bucket(T), mask is not None or T > 1)
             before = self.memory.clone() if cache.is_recording else None
-            step.ids[:, :T].copy_(ids)
+            (step.ids if T == 1 else step.ids[:, :T]).copy_(ids)
             if T > LONGEST:
                 step.last.fill_(T - 1)
             if step.mask is not None:

@@ -292,7 +292,7 @@ PEERS_ON_CPU = {
     "generate": [generation.OURS, generation.EAGER, generation.NATIVE, generation.LLAMA],
     "first": [generation.OURS, generation.NATIVE],
     "prefill": [generation.OURS, generation.NATIVE, generation.LLAMA],
-    "long": [generation.OURS, generation.IN_PIECES],
+    "long": [generation.OURS],
 }
 
 
