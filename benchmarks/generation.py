@@ -15,10 +15,9 @@ of its own, since some peers abort theirs.
 - `long`: `generate` of one token after 1,048,576 beside its speed after 16,384; extra memory is the peak less what was
   there before.
 - `position`: 128 tokens after prompts that have been read, median of 5 rounds in which the prompts take turns.
-- `lookup`: `prompt_lookup_num_tokens` beside plain `generate`, for one text of 256 tokens, median of 3: by the trained
-  model of `checkpoints`, in float32, after a text that repeats, and by random weights after 1,024 tokens of their own.
-  In float32 it must be the same text. In bfloat16 a pass of several tokens rounds otherwise than passes of one, which
-  decides between logits that are as good as equal; how many tokens are as those of plain `generate` is shown.
+- `lookup`: `prompt_lookup_num_tokens` beside plain `generate`, for one text of 256 tokens, median of 3. The trained
+  model of `checkpoints`, in float32, must write the same text. Random weights have to write a program of the prompt
+  again, with another name in some lines: whatever their logits, the next token of that is chosen.
 
 `--tiny` tries it with models and lengths of no meaning, untested, on a CPU too.
 """
@@ -51,6 +50,10 @@ TESTS = ("tests/test_graphs.py",)
 PIECE = 16384
 DEMO = ROOT / "checkpoints" / "xlstm-demo"
 LINES = "KING.\nMy lord, what say you to the news from France?\n\nQUEEN.\nI say, France is not our friend.\n\n"
+PROGRAM = "".join(
+    f"    if kind == {kind!r}:\n        value = read_{kind}(file, size)\n        check(value, low, high)\n"
+    for kind in ("byte", "short", "word", "long", "float", "double", "string", "date", "time", "zone", "name", "list")
+)
 
 Row = dict[str, Any]  # cells by column
 
@@ -58,8 +61,8 @@ Row = dict[str, Any]  # cells by column
 class Sizes(NamedTuple):
     """Shapes of models, and lengths in tokens: of prompts, and of what is written."""
 
-    xlstm: dict[str, int]
-    llama: dict[str, int]
+    xlstm: dict[str, Any]
+    llama: dict[str, Any]
     batches: tuple[int, ...]
     prompt: int
     new: int
@@ -68,18 +71,17 @@ class Sizes(NamedTuple):
     long: tuple[int, int]
     positions: tuple[int, ...]
     after: int
-    own: int
 
 
 FULL = Sizes(
     {"hidden_size": 4096, "num_hidden_layers": 32, "num_heads": 8, "vocab_size": 50304},
     {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 11008},
-    (1, 8, 64), 16, 256, 32, (2048, 16384), (16384, 1 << 20), (1024, 102400, 1 << 20), 128, 1024,
+    (1, 8, 64), 16, 256, 32, (2048, 16384), (16384, 1 << 20), (1024, 102400, 1 << 20), 128,
 )  # fmt: skip
 TINY = Sizes(
     {"hidden_size": 128, "num_hidden_layers": 2, "num_heads": 2, "vocab_size": 512},
     {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256},
-    (1, 2), 4, 8, 4, (16, 70), (16, 64), (8, 64), 4, 16,
+    (1, 2), 4, 8, 4, (16, 70), (16, 64), (8, 64), 4,
 )  # fmt: skip
 
 
@@ -90,7 +92,7 @@ def ours(sizes: Sizes) -> Any:
     return modeling_xlstm.XLSTMForCausalLM(modeling_xlstm.XLSTMConfig(**sizes.xlstm))
 
 
-def in_tree(sizes: Sizes, **kernels: str) -> Any:
+def in_tree(sizes: Sizes, **kernels: Any) -> Any:
     from transformers.models.xlstm.configuration_xlstm import xLSTMConfig
     from transformers.models.xlstm.modeling_xlstm import xLSTMForCausalLM
 
@@ -100,7 +102,8 @@ def in_tree(sizes: Sizes, **kernels: str) -> Any:
 
 
 def llama(sizes: Sizes) -> Any:
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes.llama, attn_implementation="sdpa"))
+    options: dict[str, Any] = {**sizes.llama, "attn_implementation": "sdpa"}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**options))
 
 
 class Peer(NamedTuple):
@@ -194,7 +197,7 @@ def measure_generate(name: str, sizes: Sizes) -> list[Row]:
         ids = random_ids(model, B, sizes.prompt)
         whole = median_seconds(partial(write, model, ids, new, **peer.options), warm_ups=peer.warm_ups)
         first = median_seconds(partial(write, model, ids, 1, **peer.options))
-        row = {"batch": B, "new tokens": new, "tokens/s": B * new / whole, "ms for the first": first * 1e3}
+        row: Row = {"batch": B, "new tokens": new, "tokens/s": B * new / whole, "ms for the first": first * 1e3}
         step = graphs_of(model).steps.get((B, 1, False)) if name == OURS else None
         alone = None if step is None else median_seconds(step.graph.replay, rounds=9)
         row |= {"tokens/s after it": B * (new - 1) / (whole - first), "tokens/s of a step": alone and B / alone}
@@ -235,7 +238,7 @@ def measure_prefill(name: str, sizes: Sizes) -> list[Row]:
 
 
 def measure_long(name: str, sizes: Sizes) -> list[Row]:
-    model, options, rows = made(name, sizes), PEERS[name].options, []
+    model, options, rows = made(name, sizes), PEERS[name].options, list[Row]()
     for T, warm_ups, rounds in zip(sizes.long, (1, 0), (3, 1), strict=True):
         ids, before = random_ids(model, 1, T), 0
         if DEVICE == "cuda":
@@ -269,26 +272,41 @@ def measure_position(name: str, sizes: Sizes) -> list[Row]:
     return [{"tokens before": T, "ms a token": x, "of the first": x / ms[0]} for T, x in lengths]
 
 
-def compare_lookup(text: str, model: Any, ids: Tensor, new: int) -> list[Row]:
-    rows, plain = [], write(model, ids, new)
+def compare_lookup(text: str, model: Any, ids: Tensor, new: int, **options: Any) -> list[Row]:
+    rows, plain = [], write(model, ids, new, **options)
     for drafted in (0, 10, 5):
-        call = partial(write, model, ids, new, **({"prompt_lookup_num_tokens": drafted} if drafted else {}))
+        call = partial(write, model, ids, new, **options, prompt_lookup_num_tokens=drafted or None)
         rate, streamer = new / median_seconds(call), mock.Mock()
         same = int((call(streamer=streamer) == plain).cumprod(1).sum()) - ids.shape[1]
         passes = streamer.put.call_count - 1  # the prompt comes first
         row = {"after": text, "drafted": drafted, "tokens/s": rate, "accepted a pass": new / passes - 1}
-        rows.append(row | {"as plain": f"{same} of {new}", "wrong": same < new and model.dtype == torch.float32})
+        rows.append(row | {"as plain": f"{same} of {new}", "wrong": same < new})
     return [row | {"of plain": row["tokens/s"] / rows[0]["tokens/s"]} for row in rows]
+
+
+class Dictation(transformers.LogitsProcessor):
+    """Makes the next token that of a text `[1, T]`."""
+
+    def __init__(self, text: Tensor):
+        self.text = text
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        token = self.text[:, input_ids.shape[1] : input_ids.shape[1] + 1]
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
 
 def measure_lookup(name: str, sizes: Sizes) -> list[Row]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO)
+
+    def encoded(text: str) -> Tensor:
+        return tokenizer(text, return_tensors="pt").input_ids.to(DEVICE)
+
     demo = modeling_xlstm.XLSTMForCausalLM.from_pretrained(DEMO, dtype=torch.float32).to(DEVICE)
-    ids = tokenizer(LINES * 3, return_tensors="pt").input_ids.to(DEVICE)
-    rows = compare_lookup("a repeated text, trained, float32", prepared(demo), ids, sizes.new)
-    model = made(name, sizes)
-    own = write(model, random_ids(model, 1, sizes.prompt), sizes.own)
-    return rows + compare_lookup("its own text, random, bfloat16", model, own, sizes.new)
+    rows = compare_lookup("a repeated text, trained, float32", prepared(demo), encoded(LINES * 3), sizes.new)
+    model, prompt = made(name, sizes), encoded(PROGRAM)
+    text = torch.cat((prompt, encoded(PROGRAM.replace("value, low", "number, low"))), 1) % model.config.vocab_size
+    options = {"logits_processor": [Dictation(text)]}
+    return rows + compare_lookup("a program, random, bfloat16", model, text[:, : prompt.shape[1]], sizes.new, **options)
 
 
 # tables
@@ -339,7 +357,7 @@ def table(name: str, section: Section, sizes: Sizes) -> list[str]:
     print(f"\n{name}\n\n| model | {' | '.join(formats)} |\n|{'---|' * (len(formats) + 1)}", flush=True)
     wrong, unmeasured, rates = list[str](), list[str](), dict[Any, float]()
     for peer in section.peers:
-        rows, error = [], missing(PEERS[peer])
+        rows, error = list[Row](), missing(PEERS[peer])
         if not error:
             with closing(Worker()) as worker:
                 rows, error = worker.attempt(section.measure, peer, sizes)

