@@ -5,6 +5,7 @@
 
 import importlib.util
 import os
+from functools import cache
 
 import torch
 import transformers
@@ -38,13 +39,18 @@ def resolve(requested: str, tensor: torch.Tensor, op: str = "mLSTM") -> str:
     )
 
 
+_properties = cache(torch.cuda.get_device_properties)
+
+
 def _obstacle_to_triton(tensor: torch.Tensor, op: str) -> str | None:
     if not HAS_TRITON:
         return "the package triton is not installed"
     if tensor.dtype == torch.float64:
         return "the kernels take float16, bfloat16 and float32, not float64"
     if tensor.device.type == "cuda":
-        if torch.cuda.get_device_properties(tensor.device).major < 8:
+        # a compiler knows the one, the other takes no time
+        properties = torch.cuda.get_device_properties if torch.compiler.is_compiling() else _properties
+        if properties(tensor.device).major < 8:
             return "the kernels need a GPU of compute capability 8.0 or later"
     elif not INTERPRETED:
         return "the kernels run on GPUs (elsewhere only under TRITON_INTERPRET=1, as a check)"

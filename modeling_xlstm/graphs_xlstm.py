@@ -26,7 +26,7 @@ from .linear import is_hooked
 
 
 # Tokens of a pass that is worth a graph, those of all its rows together: more keep a GPU busy by themselves.
-MOST = 1024
+MOST = 2048
 # Of one that can be taken back in part, or has logits of each token.
 LONGEST = FEW_STEPS
 
@@ -266,7 +266,9 @@ class StepGraphs:
 
 
 def _bucket(T: int) -> int:
-    return 1 << (T - 1).bit_length()
+    """So many tokens, padding included, are read in place of T: one of few numbers, the closer the longer a text is."""
+    power = 1 << (T - 1).bit_length()
+    return -(-T // (power // 8)) * (power // 8) if power > 512 else power
 
 
 def _key(model: Any) -> tuple:

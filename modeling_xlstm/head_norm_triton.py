@@ -12,7 +12,7 @@ Dims: `B` batch `T` time `H` heads `V` value head dim `R` rows (tokens of all se
 import torch
 from torch import Tensor
 
-from .triton_language import blocks_of, power_of_2, tl, triton
+from .triton_language import blocks_of, power_of_2, processors, tl, triton
 
 
 # How work is cut, chosen by registers and bytes in flight on an H100: elements of a block, and of a warp.
@@ -140,8 +140,7 @@ def _empty_like(x: Tensor | None, h: Tensor) -> Tensor:
 
 def _programs(warps: int, device: torch.device) -> int:
     """How many programs of some warps run at once."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return max(1, WARPS // warps) * processors
+    return max(1, WARPS // warps) * max(1, processors(device))
 
 
 @torch.library.custom_op("modeling_xlstm::gated_head_norm", mutates_args=())
