@@ -245,7 +245,12 @@ class CausalConv1d(nn.Module):
         return _gather(self._convolve(x), rank), _gather(x, newest)
 
     def _convolve(self, x: Tensor) -> Tensor:
-        return F.conv1d(x.mT, self.weight[:, None], self.bias, groups=x.shape[-1]).mT
+        # on a CPU, PyTorch has no fast convolution in half precision
+        dtype = state_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
+        window, weight, bias = x.to(dtype), self.weight.to(dtype), self.bias.to(dtype)
+        if x.shape[1] == self.kernel_size:  # a step, which is faster as what it is
+            return ((window * weight.mT).sum(1, keepdim=True) + bias).to(x.dtype)
+        return F.conv1d(window.mT, weight[:, None], bias, groups=x.shape[-1]).mT.to(x.dtype)
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
