@@ -50,6 +50,30 @@ def test_replayed_steps_write_the_same_text(kind):
 
 @needs_gpu
 @pytest.mark.parametrize("kind", KINDS)
+def test_prompts_of_any_length_are_replayed(kind):
+    model = cuda_model(kind)
+    for length, bucket in ((1, 1), (16, 16), (17, 32), (100, 128), (600, 640)):
+        ids = ids_of(2, length)
+        assert torch.equal(write(model, ids, 5), eager(model, ids, 5))
+        assert (2, bucket, bucket > 1) in captured(model)
+    ids = ids_of(2, 1025)  # too long
+    assert torch.equal(write(model, ids, 5), eager(model, ids, 5))
+    assert max(T for _, T, _ in captured(model)) == 640
+
+
+@needs_gpu
+def test_hidden_states_that_were_asked_for_once_do_not_end_replay():
+    model, ids = cuda_model(), ids_of(2, 7)
+    with torch.no_grad():
+        model(ids, output_hidden_states=True)
+    write(model, ids)
+    assert captured(model)
+    output = write(model, ids, 5, output_hidden_states=True, return_dict_in_generate=True)
+    assert [len(step) for step in output.hidden_states] == 5 * [model.config.num_hidden_layers + 1]
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_of_mixed_lengths_writes_what_its_texts_do(kind):
     model, lengths = cuda_model(kind), (1, 5, 19)
     texts = [ids_of(1, length, seed=length)[0] for length in lengths]

@@ -32,6 +32,9 @@ from modeling_xlstm import (
     XLSTMForTokenClassification,
     XLSTMModel,
 )
+from modeling_xlstm import (
+    modeling_xlstm as modeling,
+)
 
 
 # What a configuration can change beside the kinds of block.
@@ -805,3 +808,63 @@ def test_packed_sequences_are_classified_each(kind):
         output = model(ids, labels=torch.tensor([0, 2]), **how)
         assert_near(output.logits, expected, 5e-5)
         assert_near(output.loss, torch.nn.functional.cross_entropy(expected, torch.tensor([0, 2])))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("keep", [1, 3, 30])
+def test_a_long_text_is_read_in_pieces(kind, padded, keep, monkeypatch):
+    model, ids = tiny_model(kind).double(), random_ids(2, 41)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :17] = 0  # more than a piece
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": True, "logits_to_keep": keep}
+    whole = model(**inputs)
+    lengths, read = [], XLSTMModel.read
+    monkeypatch.setattr(modeling, "PIECE", 24)
+    monkeypatch.setattr(XLSTMModel, "read", lambda self, x, *args: lengths.append(x.shape[1]) or read(self, x, *args))
+    pieces = model(**inputs)
+    assert lengths == {1: [11, 11, 11, 8], 3: [11, 11, 11, 8], 30: [11, 30]}[keep]
+    real = mask[:, -keep:].bool()
+    assert_near(pieces.logits[real], whole.logits[real])
+    assert pieces.past_key_values.get_seq_length() == 41
+    assert_same_states(pieces.past_key_values, whole.past_key_values)
+    embeds = model(inputs_embeds=model.model.embed_tokens(ids), **{k: v for k, v in inputs.items() if k != "input_ids"})
+    assert_near(embeds.logits[real], whole.logits[real])
+    for options in ({"logits_to_keep": 0}, {"output_hidden_states": True}):  # what has to be there of all of it
+        lengths.clear()
+        model(**inputs | options)
+        assert lengths == [41]
+
+
+@torch.no_grad()
+def test_of_a_text_in_pieces_the_last_can_be_taken_back(monkeypatch):
+    monkeypatch.setattr(modeling, "PIECE", 16)
+    model, ids = tiny_model(), random_ids(1, 40)
+    cache = XLSTMCache(model.config)
+    cache.activate_past_recording()
+    model(ids, past_key_values=cache, logits_to_keep=1)  # in pieces of 14, 14 and 12
+    with pytest.raises(ValueError, match="of which 12 are recorded"):
+        cache.crop(-13)
+    cache.crop(-12)
+    before = model(ids[:, :28], use_cache=True).past_key_values
+    assert_same_states(cache, before)
+
+
+@torch.no_grad()
+def test_a_text_that_is_not_read_to_its_end_is_known_as_that(monkeypatch):
+    monkeypatch.setattr(modeling, "PIECE", 16)
+    model, ids, passes = tiny_model(), random_ids(1, 40), []
+
+    def fail(*_):
+        passes.append(1)
+        if len(passes) == 2:
+            raise MemoryError
+
+    model.model.layers[0].register_forward_pre_hook(fail)
+    cache = XLSTMCache(model.config)
+    with pytest.raises(MemoryError):
+        model(ids, past_key_values=cache, logits_to_keep=1)
+    with pytest.raises(ValueError, match="failed half-way"):
+        model(ids, past_key_values=cache)
