@@ -17,18 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backends import INTERPRETED
 from .cache_xlstm import LayerState
-from .layers_xlstm import FEW_STEPS, MLSTMLayer
+from .layers_xlstm import FEW_STEPS, GateLinear, MLSTMLayer
 from .linear import is_for_triton, is_hooked
 from .linear_triton import Gates, Norm, multiply
 
 
 def takes(block: Any, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None) -> bool:
     """Whether `block_steps` serves this: a plain block of xLSTM-7B in half precision, and a state to overwrite."""
+    if not (x.is_cuda or INTERPRETED):
+        return False
     mixer = block.mixer
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or block.training:
         return False
-    if not isinstance(mixer, MLSTMLayer):
+    if type(mixer) is not MLSTMLayer or type(mixer.gate_proj) is not GateLinear:  # which may have an adapter
         return False
     if state is None or not state.in_place or cu_seqlens is not None or x.shape[1] > FEW_STEPS:
         return False
@@ -38,7 +41,7 @@ def takes(block: Any, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | 
         and block.mixer_norm.bias is None
         and mixer.gate_proj.bias is not None
         and all(is_for_triton(module, x, mixer.backend) for module in products)
-        and not any(is_hooked(module) for module in block.modules())
+        and not any(is_hooked(module) or "forward" in module.__dict__ for module in block.modules())
     )
 
 

@@ -107,12 +107,15 @@ def _rms_scale(x: Tensor, eps: float) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`F.rms_norm` over the last axis, which PyTorch has as one function only for a GPU."""
-    in_full_precision = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
-    if not (_in_blocks(x) and in_full_precision):
+    if not _in_blocks(x) or x.dtype != weight.dtype:
         return F.rms_norm(x, weight.shape, weight, eps)
+    dtype = state_dtype(x.dtype)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        if x.dtype != dtype:
+            return F.rms_norm(x, weight.shape, weight, eps)
         return _RMSNorm.apply(x, weight, eps)[0]
-    return (x * _rms_scale(x, eps)).mul_(weight)
+    wide = x.to(dtype)
+    return (wide * _rms_scale(wide, eps)).mul_(weight).to(x.dtype)
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -49,6 +49,7 @@ class StepGraphs:
         self.model: Any = weakref.ref(model)
         self.lock = threading.RLock()
         self.key: tuple = ()
+        self.is_known = False
         self.tenant: Any = lambda: None  # the cache whose states the memory holds
         self.clear()
 
@@ -91,8 +92,9 @@ class StepGraphs:
         """Captures a step of one token each, unless there is one. Graphs of what was another model are dropped."""
         model = self.model()
         key = _key(model)
-        with self.lock:
-            if key != self.key or not _is_known(model):
+        with self.lock, torch.cuda.device(model.device):
+            self.is_known = _is_known(model)
+            if key != self.key or not self.is_known:
                 self.clear()
                 self.key = key
             if (batch_size, 1, False) not in self.steps:
@@ -105,9 +107,11 @@ class StepGraphs:
         with self.lock:
             self._move_out()
 
-    @staticmethod
-    def fits(ids: Tensor | None, cache: XLSTMCache | None, logits_to_keep: Any) -> bool:
-        """Whether a pass is short enough, and begins or continues a text."""
+    def fits(self, ids: Tensor | None, cache: XLSTMCache | None, logits_to_keep: Any) -> bool:
+        """Whether a pass is short enough, and begins or continues a text.
+
+        Prompts of a model that may change from call to call, whose graphs are not kept, are not worth one.
+        """
         if ids is None or cache is None or ids.dim() != 2 or not isinstance(logits_to_keep, int):
             return False
         (B, T), long = ids.shape, ids.shape[1] > LONGEST
@@ -117,6 +121,7 @@ class StepGraphs:
             and not (long and (logits_to_keep != 1 or cache.is_recording))
             and len({layer.is_empty for layer in cache.layers}) == 1
             and (cache.layers[0].is_empty or cache.layers[0].batch_size == B)
+            and (self.is_known or not (long or cache.layers[0].is_empty))
         )
 
     # passes
@@ -127,10 +132,11 @@ class StepGraphs:
         Of more than `LONGEST` tokens, the logits are those of the last.
         """
         B, T = ids.shape
-        with self.lock, torch.inference_mode(False), torch.no_grad():
+        with self.lock, torch.cuda.device(ids.device), torch.inference_mode(False), torch.no_grad():
             self._move_in(cache, B)
             step = self._step(B, _bucket(T), mask is not None or T > 1)
-            before = self.memory.clone() if cache.is_recording else None
+            before = self._states(B).clone() if cache.is_recording else None
+            was_empty = cache.layers[0].is_empty
             (step.ids if T == 1 else step.ids[:, :T]).copy_(ids)
             if T > LONGEST:
                 step.last.fill_(T - 1)
@@ -144,7 +150,7 @@ class StepGraphs:
             cache.advance(T, ids.device)
             if before is not None:
                 inputs = None if T == 1 else [x.clone() for x in step.inputs]
-                cache.record(T, partial(self._undo, before, inputs, mask))
+                cache.record(T, partial(self._undo, before, was_empty, inputs, mask))
         return logits
 
     def _step(self, B: int, T: int, masked: bool) -> Step:
@@ -167,29 +173,33 @@ class StepGraphs:
         return Step(graph, ids, mask, last, *outputs)
 
     def _record(self, run) -> tuple[torch.cuda.CUDAGraph, Any]:
-        """A graph of `run`, and what it returned. The states are those from before."""
+        """A graph of `run`, and what it returned. The states are those from before, whatever happens."""
         before = None if self.tenant() is None else self.memory.clone()
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run()  # compiles kernels, and makes what libraries keep
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            outputs = run()
-        if before is not None:
-            self.memory.copy_(before)
+        stream, graph = torch.cuda.Stream(self.memory.device), torch.cuda.CUDAGraph()
+        try:
+            with CAPTURING:
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    run()  # compiles kernels, and makes what libraries keep
+                with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
+                    outputs = run()
+        finally:
+            torch.cuda.current_stream().wait_stream(stream)
+            if before is not None:
+                self.memory.copy_(before)
         return graph, outputs
 
     # taking tokens back
 
-    def _undo(self, before: Tensor, inputs: list | None, mask: Tensor | None, cache: XLSTMCache, kept: int) -> None:
-        with self.lock, torch.inference_mode(False), torch.no_grad():
+    def _undo(
+        self, before: Tensor, was_empty: bool, inputs: list | None, mask: Tensor | None, cache: XLSTMCache, kept: int
+    ) -> None:  # fmt: skip
+        with self.lock, torch.cuda.device(before.device), torch.inference_mode(False), torch.no_grad():
             B = cache.layers[0].batch_size
             self._move_in(cache, B)
-            self.memory.copy_(before)
+            self._states(B).copy_(before)
             if kept:
                 T = _bucket(inputs[0].shape[1])
                 redo, step = self._redo(B, T), self._step(B, T, True)
@@ -198,6 +208,8 @@ class StepGraphs:
                 step.mask[:, kept:] = False
                 step.mask[:, :kept] = True if mask is None else mask[:, :kept]
                 redo.replay()
+            for layer in cache.layers:
+                layer.is_empty = was_empty and not kept
             if ACTIVE.get() is None:
                 self._move_out()
 
@@ -230,6 +242,10 @@ class StepGraphs:
         self.home = self.homes[B]
         self.cells = [layer.state.cell for layer in self.home.layers]
 
+    def _states(self, B: int) -> Tensor:
+        """The part of the memory that the states of `B` rows take, who live there."""
+        return self.memory[: self.home.numbers(B)]
+
     def _is_in(self, cache: XLSTMCache) -> bool:
         # plain loops: a GPU waits for this at every step
         for layer, cell in zip(cache.layers, self.cells, strict=True):
@@ -260,7 +276,8 @@ class StepGraphs:
         if cache is None or not self._is_in(cache):  # or it has left by itself
             return
         empty = [layer.is_empty for layer in cache.layers]
-        cache.take(self.memory.clone(), self.home.layers[0].batch_size)
+        B = self.home.layers[0].batch_size
+        cache.take(self._states(B).clone(), B)
         for layer, is_empty in zip(cache.layers, empty, strict=True):
             layer.is_empty = is_empty
 
@@ -278,9 +295,12 @@ def _key(model: Any) -> tuple:
 
 
 def _is_known(model: nn.Module) -> bool:
-    """Whether all modules are of PyTorch or of this package: what others do may change from call to call."""
+    """Whether all modules are of PyTorch or of this package, and weights plain: what others do may change from call to
+    call, and where their weights are is not known."""
     roots = ("torch.nn.", __name__.rpartition(".")[0] + ".")
-    return all(f"{type(module).__module__}.".startswith(roots) for module in model.modules())
+    return all(f"{type(module).__module__}.".startswith(roots) for module in model.modules()) and all(
+        type(weight) is nn.Parameter for weight in model.parameters()
+    )
 
 
 @contextmanager
@@ -296,10 +316,12 @@ def quiet() -> Iterator[None]:
 # the graphs that the models of this thread replay: set inside of `generate`
 ACTIVE: ContextVar[StepGraphs | None] = ContextVar("ACTIVE", default=None)
 _GRAPHS: weakref.WeakKeyDictionary[nn.Module, StepGraphs] = weakref.WeakKeyDictionary()
+CAPTURING = threading.RLock()  # one graph at a time, whatever the model
 
 
 def graphs_of(model: nn.Module) -> StepGraphs:
     """The graphs of a model, which live as long as it does."""
-    if model not in _GRAPHS:
-        _GRAPHS[model] = StepGraphs(model)
-    return _GRAPHS[model]
+    with CAPTURING:
+        if model not in _GRAPHS:
+            _GRAPHS[model] = StepGraphs(model)
+        return _GRAPHS[model]

@@ -18,7 +18,7 @@ from .backends import HAS_TRITON, resolve
 from .cache_xlstm import LayerState
 from .checks import check_float, check_like, check_sequence, full_precision, state_dtype
 from .configuration_xlstm import XLSTMConfig
-from .fused import rms_norm
+from .fused import rms_norm, soft_cap
 from .linear import linear
 from .mlstm import mlstm_chunkwise, mlstm_step, mlstm_steps_, mlstm_steps_gated_
 from .mlstm_torch import MLSTMState
@@ -83,7 +83,7 @@ class HeadNorm(nn.Module):
         if backend == "triton":
             return gated_head_norm(h, ogate, self.weight, self.bias, self.offset, self.eps)
         y = F.layer_norm(h, h.shape[-1:], eps=self.eps).flatten(-2).to(h.dtype)
-        y = y * (self.weight + self.offset)
+        y = y * (self.weight + self.offset if self.offset else self.weight)
         y = y if self.bias is None else y + self.bias
         return y if ogate is None else torch.sigmoid(ogate) * y
 
@@ -245,10 +245,11 @@ class CausalConv1d(nn.Module):
         return _gather(self._convolve(x), rank), _gather(x, newest)
 
     def _convolve(self, x: Tensor) -> Tensor:
+        is_step = x.shape[1] == self.kernel_size
         # on a CPU, PyTorch has no fast convolution in half precision
-        dtype = state_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
+        dtype = state_dtype(x.dtype) if is_step or x.device.type == "cpu" else x.dtype
         window, weight, bias = x.to(dtype), self.weight.to(dtype), self.bias.to(dtype)
-        if x.shape[1] == self.kernel_size:  # a step, which is faster as what it is
+        if is_step:  # which is faster as what it is
             return ((window * weight.mT).sum(1, keepdim=True) + bias).to(x.dtype)
         return F.conv1d(window.mT, weight[:, None], bias, groups=x.shape[-1]).mT.to(x.dtype)
 
@@ -284,6 +285,7 @@ class _MLSTMMixer(nn.Module):
         config.check_mlstm()
         self.config = config
         self.backend = config.backend
+        self.head_sizes = config.qk_size // config.num_heads, config.inner_size // config.num_heads
         self.gate_proj = GateLinear(config, gate_inputs, igate_mean, igate_std)
         self.head_norm = HeadNorm(config, config.inner_size)
 
@@ -304,10 +306,8 @@ class _MLSTMMixer(nn.Module):
 
         A few steps on Triton overwrite the state where they may.
         """
-        config = self.config
-        K, V = config.qk_size // config.num_heads, config.inner_size // config.num_heads
+        config, (K, V) = self.config, self.head_sizes
         q, k, v = q.unflatten(-1, (-1, K)), k.unflatten(-1, (-1, K)), v.unflatten(-1, (-1, V))
-        igate, fgate = gates.chunk(2, -1)
         options: dict[str, Any] = {
             "mask": mask,
             "input_gate": config.mlstm_input_gate,
@@ -315,6 +315,9 @@ class _MLSTMMixer(nn.Module):
             "eps": config.eps,
         }
         backend = resolve(self.backend, q)
+        if backend == "torch":  # both at once
+            gates, options["gate_soft_cap"] = soft_cap(gates, config.gate_soft_cap), None
+        igate, fgate = gates.chunk(2, -1)
         T = q.shape[1]
         if in_place and backend == "triton" and T <= FEW_STEPS and not torch.is_grad_enabled():
             if ogate is None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
-from .backends import HAS_ONEDNN_LINEAR, HAS_TRITON, resolve
+from .backends import HAS_ONEDNN_LINEAR, HAS_TRITON, INTERPRETED, resolve
 from .fused import soft_cap
 
 
@@ -59,6 +59,8 @@ def is_hooked(module: Any) -> bool:
 
     Transformers leaves hooks behind once hidden states were asked for, which do nothing unless they are.
     """
+    if not (module._forward_pre_hooks or module._forward_hooks):
+        return False
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     return any(getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks)
 
@@ -83,6 +85,7 @@ def is_for_triton(module: Any, x: Tensor, backend: str) -> bool:
     """Whether a product of rows like those of x, of any width, may be made by Triton: few, no bias, for inference."""
     return (
         HAS_TRITON
+        and (x.is_cuda or INTERPRETED)  # first, as on a CPU there is time for nothing else
         and x.dtype in (torch.float16, torch.bfloat16)
         and not torch.is_grad_enabled()
         and is_plain(module, x)

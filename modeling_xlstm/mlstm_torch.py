@@ -44,14 +44,14 @@ def mlstm_step(
     dtype = C.dtype
     q, k, v, igate, fgate = (x.to(dtype) for x in (q, k, v, igate, fgate))
     q = q * q.shape[-1] ** -0.5
-    logf = F.logsigmoid(fgate)
+    past = F.logsigmoid(fgate)
     if input_gate == "exp":
-        m_new = torch.maximum(logf + m, igate)
-        m_new = torch.where(m_new == -math.inf, 0.0, m_new)  # nothing is left, and nothing enters: empty again
+        past = past + m
+        m_new = torch.maximum(past, igate)
+        m_new = m_new.masked_fill(m_new == -math.inf, 0.0)  # nothing is left, and nothing enters: empty again
     else:
         igate, m_new = F.logsigmoid(igate), torch.zeros_like(m)
-        m = m_new
-    f = torch.exp(logf + m - m_new)
+    f = torch.exp(past - m_new)
     i = torch.exp(igate - m_new)
     k = i[..., None] * k
     C = torch.addcmul(f[..., None, None] * C, k[..., :, None], v[..., None, :])

@@ -532,7 +532,9 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         graphs = None if torch.compiler.is_compiling() else ACTIVE.get()
         if graphs is not None and graphs.model() is self:
             cache = past_key_values if cache_params is None else cache_params
-            if graphs.fits(input_ids, cache, logits_to_keep) and not kwargs.get("output_hidden_states"):
+            others = (labels, inputs_embeds, *(kwargs.get(name) for name in ("cu_seq_lens_q", "position_ids")))
+            wanted = all(x is None for x in others) and not kwargs.get("output_hidden_states")
+            if wanted and graphs.fits(input_ids, cache, logits_to_keep):
                 _check_ids(input_ids, self.config.vocab_size)
                 mask = _padding_mask(attention_mask, len(input_ids), input_ids.shape[1], cache)
                 logits = graphs(input_ids, mask, cache)[:, -logits_to_keep:]
@@ -632,7 +634,8 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
             if generation_config.is_assistant:  # whose drafts are taken back where the main model differs
                 model_kwargs["past_key_values"].activate_past_recording()
 
-        if "past_key_values" in model_kwargs and not generation_config.disable_compile:
+        compiles = generation_config.compile_config is not None  # by itself
+        if "past_key_values" in model_kwargs and not (generation_config.disable_compile or compiles):
             self._prepare_graphs(rows)
 
     def _prepare_graphs(self, rows: int) -> None:

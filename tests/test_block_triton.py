@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from numerics import assert_each, assert_matches
+from torch import nn
 from triton_device import DEVICE, GPU, RUN, needs_somewhere_to_run
 
 from modeling_xlstm import LayerState, XLSTMBlock, XLSTMConfig
@@ -79,6 +80,13 @@ def test_what_a_block_has_besides_is_left_to_the_block():
     hook = block.ffn.register_forward_hook(lambda *_: None)
     assert not takes(block, x, owned, None)
     hook.remove()
+    block.mixer.gate_proj.forward = lambda x: x
+    assert not takes(block, x, owned, None)
+    del block.mixer.gate_proj.forward
+    gate_proj, block.mixer.gate_proj = block.mixer.gate_proj, nn.Sequential(block.mixer.gate_proj)
+    assert not takes(block, x, owned, None)
+    block.mixer.gate_proj = gate_proj
+    assert takes(block, x, owned, None)
     block.mixer.backend = "torch"
     assert not takes(block, x, owned, None)
     block.mixer.backend = "triton"

@@ -168,6 +168,44 @@ def test_a_returned_cache_goes_on_outside_of_generate():
         torch.testing.assert_close(logits, model(text).logits[:, -1:], atol=1e-4, rtol=1e-4)
 
 
+@needs_gpu
+def test_a_pass_that_fails_while_it_is_captured_leaves_the_states(monkeypatch):
+    model, ids = cuda_model(), ids_of(2, 9)
+    output = eager(model, ids, 4, return_dict_in_generate=True)
+    cache, expected = output.past_key_values, eager(model, ids, 12)
+    logits = type(model).logits
+
+    def fail(self, x):
+        raise MemoryError
+
+    monkeypatch.setattr(type(model), "logits", fail)
+    with pytest.raises(MemoryError):
+        write(model, output.sequences, 8, past_key_values=cache)
+    monkeypatch.setattr(type(model), "logits", logits)
+    assert torch.equal(write(model, output.sequences, 8, past_key_values=cache), expected)
+
+
+@needs_gpu
+def test_states_take_their_own_size_whatever_was_before():
+    model, ids = cuda_model(), ids_of(8, 9)
+    write(model, ids)
+    cache = write(model, ids[:1], 4, return_dict_in_generate=True).past_key_values
+    state = cache.layers[0].state.cell.C
+    assert state.untyped_storage().nbytes() <= cache.numbers(1) * state.itemsize
+
+
+@needs_gpu
+def test_what_was_read_from_the_start_can_be_taken_back_to_nothing():
+    model, ids = cuda_model(), ids_of(1, 9)
+    cache = XLSTMCache(model.config)
+    cache.activate_past_recording()
+    write(model, ids, 4, past_key_values=cache)
+    write(model, ids_of(8, 9), 4)  # a larger memory
+    cache.crop(-12)
+    assert all(layer.is_empty for layer in cache.layers)
+    assert torch.equal(write(model, ids, 4, past_key_values=cache), eager(model, ids, 4))
+
+
 def test_a_model_on_a_cpu_is_not_captured():
     assert StepGraphs.obstacle(tiny_model().to("cpu").eval()) == "it is on cpu"
 
