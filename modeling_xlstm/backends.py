@@ -39,7 +39,7 @@ def resolve(requested: str, tensor: torch.Tensor, op: str = "mLSTM") -> str:
     )
 
 
-_properties = cache(torch.cuda.get_device_properties)
+gpu_properties = cache(torch.cuda.get_device_properties)
 
 
 def _obstacle_to_triton(tensor: torch.Tensor, op: str) -> str | None:
@@ -49,7 +49,7 @@ def _obstacle_to_triton(tensor: torch.Tensor, op: str) -> str | None:
         return "the kernels take float16, bfloat16 and float32, not float64"
     if tensor.device.type == "cuda":
         # a compiler knows the one, the other takes no time
-        properties = torch.cuda.get_device_properties if torch.compiler.is_compiling() else _properties
+        properties = torch.cuda.get_device_properties if torch.compiler.is_compiling() else gpu_properties
         if properties(tensor.device).major < 8:
             return "the kernels need a GPU of compute capability 8.0 or later"
     elif not INTERPRETED:

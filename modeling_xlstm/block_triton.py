@@ -41,7 +41,7 @@ def takes(block: Any, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | 
         and block.mixer_norm.bias is None
         and mixer.gate_proj.bias is not None
         and all(is_for_triton(module, x, mixer.backend) for module in products)
-        and not any(is_hooked(module) or "forward" in module.__dict__ for module in block.modules())
+        and not any(is_hooked(module) for module in block.modules())
     )
 
 

@@ -82,7 +82,7 @@ class StepGraphs:
         if quantizer is not None and not quantizer.is_compileable:
             return "the kernels for its quantised weights wait for the GPU"
         for name, module in model.named_modules():
-            if is_hooked(module) or "forward" in module.__dict__:
+            if is_hooked(module):
                 return f"{name or 'it'} is hooked"
         if torch.is_autocast_enabled("cuda"):
             return "autocast is on"

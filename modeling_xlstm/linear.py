@@ -55,10 +55,12 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def is_hooked(module: Any) -> bool:
-    """Whether others want to see or change what a module is given or returns.
+    """Whether others want to see or change what a module is given or returns, or have replaced what it computes.
 
     Transformers leaves hooks behind once hidden states were asked for, which do nothing unless they are.
     """
+    if "forward" in module.__dict__:  # as by what moves weights between devices
+        return True
     if not (module._forward_pre_hooks or module._forward_hooks):
         return False
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
@@ -75,7 +77,6 @@ def is_plain(module: Any, x: Tensor) -> bool:
         and not is_hooked(module)
         and not (module._backward_hooks or module._backward_pre_hooks or _has_any_global_hook())
         and module._compiled_call_impl is None
-        and "forward" not in module.__dict__  # replaced, as by what moves weights between devices
         and not torch.is_autocast_enabled(x.device.type)
         and not torch.compiler.is_compiling()  # the compiler makes its own choice
     )

@@ -1,8 +1,8 @@
 """Triton, or a sentence that says why the kernels cannot do without it, and what launchers of kernels share."""
 
-from functools import cache
-
 import torch
+
+from .backends import gpu_properties
 
 
 try:  # in a `try`, so that Transformers does not ask for it when it downloads this file to a machine without a GPU
@@ -41,24 +41,21 @@ def power_of_2(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-properties = cache(torch.cuda.get_device_properties)
-
-
 def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; a CPU has none."""
-    return properties(device).multi_processor_count if device.type == "cuda" else 0
+    return gpu_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
 def shared_memory(device: torch.device) -> int:
     """Bytes that a program may have on this device."""
     if device.type != "cuda":
         return 0
-    return properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return gpu_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 def chains(device: torch.device) -> bool:
     """Whether a kernel may start before the one in front of it has ended ("programmatic dependent launch")."""
-    return device.type == "cuda" and properties(device).major >= 9
+    return device.type == "cuda" and gpu_properties(device).major >= 9
 
 
 def chain_options(chained: bool) -> dict[str, bool]:
