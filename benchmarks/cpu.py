@@ -6,7 +6,8 @@ nothing is printed if they fail.
 
 Models of 47 M parameters (width 512, 12 blocks, vocabulary 8192) read a prompt of 512 and predict the next token
 (`prefill`; Transformers' xLSTM, whatever `logits_to_keep` says, predicts all 512), continue it by 16 tokens, one at a
-time (`decode`), and take AdamW steps on 4 x 512 tokens (`train`). Models of the first paper (width 512, six blocks; the
+time (`decode`; `bf16`: with weights in bfloat16; `compiled`: by `torch.compile`, which takes minutes before anything is
+timed), and take AdamW steps on 4 x 512 tokens (`train`). Models of the first paper (width 512, six blocks; the
 package's `vanilla` sLSTM, the one for CPUs) only train, and so do two sLSTM blocks by themselves, without embedding and
 head (`train blocks`).
 """
@@ -17,11 +18,12 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -89,10 +91,11 @@ def paper_stack(blocks: int, slstm_at: tuple[int, ...]) -> nn.Module:
     return xlstm.xLSTMLMModel(config)
 
 
-ALL = ("prefill", "decode", "train")
+ALL = ("prefill", "decode", "decode bf16", "train")
+COMPILED = (*ALL, "decode bf16, compiled")
 PEERS = [
-    Peer("modeling_xlstm", "7B style", ours, ALL),
-    Peer("Transformers xLSTM", "7B style", in_tree, ALL, cache="cache_params"),
+    Peer("modeling_xlstm", "7B style", ours, COMPILED),
+    Peer("Transformers xLSTM", "7B style", in_tree, COMPILED, cache="cache_params"),
     Peer("Llama", "7B style", llama, ALL),
     Peer("modeling_xlstm", "6 mLSTM", lambda: our_stack(6, ()), ("train",)),
     Peer("xlstm package", "6 mLSTM", lambda: paper_stack(6, ()), ("train",)),
@@ -118,6 +121,23 @@ def decode(model: nn.Module, peer: Peer, ids: Tensor) -> Callable[[], object]:
             model(ids[:1, i : i + 1], **{peer.cache: cache}, use_cache=True)
 
     return run
+
+
+def in_bfloat16(model: Any) -> Any:
+    """The model as it is loaded in bfloat16: in float32 stays what the class keeps there."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return type(model).from_pretrained(folder, dtype=torch.bfloat16)
+
+
+def decode_bf16(model: nn.Module, peer: Peer, ids: Tensor) -> Callable[[], object]:
+    return decode(in_bfloat16(model), peer, ids)
+
+
+def decode_compiled(model: nn.Module, peer: Peer, ids: Tensor) -> Callable[[], object]:
+    model = in_bfloat16(model)
+    model.forward = torch.compile(model.forward)
+    return decode(model, peer, ids)
 
 
 def train(model: nn.Module, peer: Peer, ids: Tensor) -> Callable[[], object]:
@@ -155,6 +175,8 @@ def train_blocks(blocks: nn.ModuleList, peer: Peer, ids: Tensor) -> Callable[[],
 MEASUREMENTS = {
     "prefill": (prefill, "ms for 512 tokens", lambda s: s * 1e3),
     "decode": (decode, "ms a token", lambda s: s * 1e3 / NEW),
+    "decode bf16": (decode_bf16, "ms a token", lambda s: s * 1e3 / NEW),
+    "decode bf16, compiled": (decode_compiled, "ms a token", lambda s: s * 1e3 / NEW),
     "train": (train, "tokens/s", lambda s: BATCH * PROMPT / s),
     "train blocks": (train_blocks, "tokens/s", lambda s: BATCH * PROMPT / s),
 }
@@ -206,7 +228,8 @@ def main() -> None:
     for group in dict.fromkeys(peer.group for peer in PEERS):
         peers = [peer for peer in PEERS if peer.group == group]
         for measurement in peers[0].measurements:
-            for row in time_group(peers, measurement, args.rounds):
+            timed = [peer for peer in peers if measurement in peer.measurements]
+            for row in time_group(timed, measurement, args.rounds):
                 rows.append(row)
                 cells = {**row, "value": f"{row['value']:.4g}", "ours is faster by": f"{row['ours is faster by']:.2f}x"}
                 print("| " + " | ".join(str(cell) for cell in cells.values()) + " |", flush=True)

@@ -15,7 +15,14 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CompileConfig,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+)
 from transformers.utils import logging
 from transformers.utils.import_utils import is_serve_available
 
@@ -126,8 +133,8 @@ def generate(args: argparse.Namespace) -> None:
     tokenizer = read_tokenizer(args.model)
     if tokenizer is None:
         raise CommandError(f"{args.model} must hold a tokenizer to read the prompt with, got none.")
-    inputs = tokenizer(prompt, return_tensors="pt")
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    ids = inputs["input_ids"]
     if not ids.numel() or ids.max() >= config.vocab_size:
         got = f"id {ids.max()}" if ids.numel() else "no token"
         raise CommandError(f"The prompt must give token ids below {config.vocab_size}, got {got}.")
@@ -142,16 +149,24 @@ def generate(args: argparse.Namespace) -> None:
     except (OSError, ValueError, KeyError, RuntimeError, AssertionError, SafetensorError) as error:
         raise CommandError(f"{args.model} cannot be loaded on {args.device}: {reason(error)}") from error
 
-    if args.seed is not None:
-        torch.manual_seed(args.seed)
-    options = {"max_new_tokens": args.max_new_tokens, "repetition_penalty": args.repetition_penalty}
+    options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "repetition_penalty": args.repetition_penalty}
     if args.greedy:
         options.update(do_sample=False, temperature=None, top_p=None, top_k=None)
     else:
         options.update(do_sample=True, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k)
+    if args.compile:
+        options["compile_config"] = CompileConfig()
+        try:  # of three tokens the last comes from a step that is there
+            model.generate(
+                ids.to(model.device), attention_mask=mask.to(model.device), **options | {"max_new_tokens": 3}
+            )
+        except RuntimeError as error:
+            raise CommandError(f"{args.model} cannot be compiled: {reason(error)}") from error
+    if args.seed is not None:
+        torch.manual_seed(args.seed)
     streamer = TimedStreamer(tokenizer, args.skip_prompt)
     try:
-        model.generate(ids.to(model.device), attention_mask=mask.to(model.device), streamer=streamer, **options)
+        model.generate(**inputs, streamer=streamer, **options)
     except FloatingPointError as error:
         raise CommandError(reason(error)) from error
     prompt_at, first_at, *_, last_at = (*streamer.times, streamer.times[-1])
@@ -276,6 +291,7 @@ def build_parser() -> argparse.ArgumentParser:
     of_weights = "of the weights; auto: as on disk, but float32 on a CPU unless quantised"
     add("--dtype", choices=dtypes, default="auto", help=of_weights)
     add("--device", default=device, help="where to run, such as cpu or cuda:1 (%(default)s)")
+    add("--compile", action="store_true", help="compile a step first, which takes a while and a C++ compiler")
     add("--backend", choices=BACKENDS, default="auto", help="kernels to run with (%(default)s)")
     return parser
 

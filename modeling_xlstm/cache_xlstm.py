@@ -139,12 +139,13 @@ class XLSTMCacheLayer:
     def update(self, state: LayerState) -> None:
         """Stores `state`: in place where nothing can differentiate through it and the shapes agree."""
         self.is_empty = False
-        if self.state is not None and not torch.is_grad_enabled():
-            old, new = self.state.tensors(), state.tensors()
-            if all(old[name].shape == new[name].shape and is_writable(old[name]) for name in old):
-                for name, tensor in old.items():
-                    if tensor is not new[name]:
-                        tensor.copy_(new[name])
+        old = self._state
+        if old is not None and not torch.is_grad_enabled():
+            if state.cell[0] is old.cell[0] and state.conv is old.conv:  # which the layer has overwritten
+                return
+            before, after = list(old.tensors().values()), list(state.tensors().values())
+            if all(a.shape == b.shape and is_writable(a) for a, b in zip(before, after, strict=True)):
+                torch._foreach_copy_(before, after)
                 return
         self.state = state
         for tensor in state.tensors().values():
@@ -201,10 +202,11 @@ class XLSTMCache(Cache):
     def get_state(self, layer_idx: int, batch_size: int) -> LayerState | None:
         """The state that a layer starts from. That of an empty text is of any batch size."""
         layer = self.layers[layer_idx]
-        if layer.state is None or (layer.is_empty and layer.batch_size != batch_size):
+        state = layer.state
+        if state is None or (layer.is_empty and layer.batch_size != batch_size):
             return None
-        if not is_readable(layer.state.cell[0]):
-            layer.state = layer.state.map(torch.clone)
+        if not is_readable(state.cell[0]):
+            layer.state = state.map(torch.clone)
         return layer.state
 
     def update(self, state: LayerState, layer_idx: int) -> None:  # type: ignore[override]

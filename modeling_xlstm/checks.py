@@ -6,6 +6,7 @@ from itertools import pairwise
 import torch
 
 
+AS_IT_IS = contextlib.nullcontext()
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -24,7 +25,7 @@ def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
     """A context without autocast: what is computed inside keeps the dtypes that it is written in."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+    return AS_IT_IS
 
 
 def is_finite(x: torch.Tensor) -> bool:
@@ -49,7 +50,7 @@ def check_like(name: str, x: torch.Tensor, shape: tuple, device: torch.device, d
     """`x` is a tensor of exactly `shape`, on `device`, with one of `dtypes`."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} must be a tensor of shape {tuple(shape)}, got {type(x).__name__}.")
-    if x.shape != torch.Size(shape):
+    if x.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}.")
     if x.dtype not in dtypes:
         raise TypeError(f"{name} must be one of {', '.join(str(d) for d in dtypes)}, got {x.dtype}.")

@@ -66,7 +66,7 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
     dtype = state_dtype(x.dtype)
     if _in_blocks(x) and torch.is_grad_enabled() and x.requires_grad:
         return _SoftCap.apply(x.to(dtype), cap).to(x.dtype)
-    return (cap * torch.tanh(x.to(dtype) / cap)).to(x.dtype)
+    return (torch.tanh(x.to(dtype) / cap) * cap).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -107,15 +107,11 @@ def _rms_scale(x: Tensor, eps: float) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`F.rms_norm` over the last axis, which PyTorch has as one function only for a GPU."""
-    if not _in_blocks(x) or x.dtype != weight.dtype:
-        return F.rms_norm(x, weight.shape, weight, eps)
-    dtype = state_dtype(x.dtype)
+    if not _in_blocks(x) or not x.dtype == weight.dtype == state_dtype(x.dtype):
+        return torch.rms_norm(x, weight.shape, weight, eps)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        if x.dtype != dtype:
-            return F.rms_norm(x, weight.shape, weight, eps)
         return _RMSNorm.apply(x, weight, eps)[0]
-    wide = x.to(dtype)
-    return (wide * _rms_scale(wide, eps)).mul_(weight).to(x.dtype)
+    return (x * _rms_scale(x, eps)).mul_(weight)
 
 
 class _CrossEntropy(torch.autograd.Function):

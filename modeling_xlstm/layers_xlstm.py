@@ -7,6 +7,7 @@ Papers: https://arxiv.org/abs/2405.04517 (xLSTM[a:b]) and https://arxiv.org/abs/
 """
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from .configuration_xlstm import XLSTMConfig
 from .fused import rms_norm, soft_cap
 from .linear import linear
 from .mlstm import mlstm_chunkwise, mlstm_step, mlstm_steps_, mlstm_steps_gated_
-from .mlstm_torch import MLSTMState
+from .mlstm_torch import MLSTMState, hold_padding
+from .mlstm_torch import mlstm_step as mlstm_step_
 from .slstm import slstm_scan, slstm_step
 
 
@@ -215,13 +217,16 @@ class CausalConv1d(nn.Module):
         if state is None:
             state = x.new_zeros(sequences, past, C, dtype=dtype)
         check_like("the state of the convolution", state, (sequences, past, C), x.device, (dtype,))
-        before = state.to(x.dtype)
-        if cu_seqlens is not None:
-            y, new = self._packed(x, before, cu_seqlens)
+        if T == 1 and cu_seqlens is None:  # which is faster as the sum that it is
+            window = torch.cat((state, x.to(dtype)), 1)
+            y = ((window * self.weight.mT).sum(1, keepdim=True) + self.bias).to(x.dtype)
+            new = window[:, 1:] if mask is None else torch.where(mask[..., None], window[:, 1:], state)
+        elif cu_seqlens is not None:
+            y, new = self._packed(x, state.to(x.dtype), cu_seqlens)
         elif mask is not None:
-            y, new = self._padded(x, before, mask)
+            y, new = self._padded(x, state.to(x.dtype), mask)
         else:
-            x = torch.cat((before, x), 1)
+            x = torch.cat((state.to(x.dtype), x), 1)
             y, new = self._convolve(x), x[:, T:]
         return F.silu(y), new.to(dtype, copy=True)
 
@@ -245,13 +250,10 @@ class CausalConv1d(nn.Module):
         return _gather(self._convolve(x), rank), _gather(x, newest)
 
     def _convolve(self, x: Tensor) -> Tensor:
-        is_step = x.shape[1] == self.kernel_size
         # on a CPU, PyTorch has no fast convolution in half precision
-        dtype = state_dtype(x.dtype) if is_step or x.device.type == "cpu" else x.dtype
-        window, weight, bias = x.to(dtype), self.weight.to(dtype), self.bias.to(dtype)
-        if is_step:  # which is faster as what it is
-            return ((window * weight.mT).sum(1, keepdim=True) + bias).to(x.dtype)
-        return F.conv1d(window.mT, weight[:, None], bias, groups=x.shape[-1]).mT.to(x.dtype)
+        dtype = state_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        return F.conv1d(x.to(dtype).mT, weight[:, None], bias, groups=x.shape[-1]).mT.to(x.dtype)
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
@@ -304,9 +306,12 @@ class _MLSTMMixer(nn.Module):
     ) -> tuple[Tensor, MLSTMState]:
         """q, k, v `[B, T, H K]` or `[B, T, H V]` to the normalised, and gated, heads `[B, T or keep, H V]`.
 
-        A few steps on Triton overwrite the state where they may.
+        A few steps overwrite the state where they may.
         """
-        config, (K, V) = self.config, self.head_sizes
+        if self._is_step_(q, in_place, cu_seqlens):
+            return self._step_(q, k, v, gates, state, mask, ogate).to(v.dtype), state
+        config, (K, V), T = self.config, self.head_sizes, q.shape[1]
+        backend = resolve(self.backend, q)
         q, k, v = q.unflatten(-1, (-1, K)), k.unflatten(-1, (-1, K)), v.unflatten(-1, (-1, V))
         options: dict[str, Any] = {
             "mask": mask,
@@ -314,11 +319,9 @@ class _MLSTMMixer(nn.Module):
             "gate_soft_cap": config.gate_soft_cap,
             "eps": config.eps,
         }
-        backend = resolve(self.backend, q)
         if backend == "torch":  # both at once
             gates, options["gate_soft_cap"] = soft_cap(gates, config.gate_soft_cap), None
         igate, fgate = gates.chunk(2, -1)
-        T = q.shape[1]
         if in_place and backend == "triton" and T <= FEW_STEPS and not torch.is_grad_enabled():
             if ogate is None:
                 h = mlstm_steps_(q, k, v, igate, fgate, state, **options)
@@ -336,6 +339,24 @@ class _MLSTMMixer(nn.Module):
             options |= {"cu_seqlens": cu_seqlens, "chunk_size": config.chunk_size}
             h, state = mlstm_chunkwise(q, k, v, igate, fgate, state, backend=backend, **options)
         return self.head_norm(last(h, keep), None if ogate is None else last(ogate, keep), backend), state
+
+    def _is_step_(self, x: Tensor, in_place: bool, cu_seqlens: Tensor | None) -> bool:
+        """Whether `_step_` serves x `[B, T, ...]`."""
+        alone = in_place and x.shape[1] == 1 and cu_seqlens is None
+        return alone and not torch.is_grad_enabled() and resolve(self.backend, x) == "torch"
+
+    def _step_(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, state: Any, mask: Tensor | None, ogate: Tensor | None
+    ) -> Tensor:
+        """`_cell` of one token in PyTorch, in the dtype of the state, which is overwritten. The cache that has it was
+        checked."""
+        config, (K, V), B = self.config, self.head_sizes, len(q)
+        q, k, v = q.view(B, -1, K), k.view(B, -1, K), v.view(B, -1, V)
+        igate, fgate = soft_cap(gates, config.gate_soft_cap).view(B, 2, -1).unbind(1)
+        tokens = hold_padding(q, k, v, igate, fgate, None if mask is None else mask[:, 0])
+        with full_precision(q.device):
+            h, _ = mlstm_step_(*tokens, state, config.mlstm_input_gate, config.eps, in_place=True)
+        return self.head_norm(h.unsqueeze(1), ogate)
 
 
 class MLSTMLayer(_MLSTMMixer):
@@ -377,6 +398,9 @@ class MLSTMLayer(_MLSTMMixer):
         keep: int | None = None,
     ) -> tuple[Tensor, MLSTMState]:
         """What is between the projections: rows [q | k | v | o] and gates [i | f] to y `[B, T or keep, H V]`."""
+        if self._is_step_(qkvo, in_place, cu_seqlens):  # which one conversion each way is enough for
+            q, k, v, o = qkvo.to(state_dtype(qkvo.dtype)).split(self.splits, -1)
+            return self._step_(q, k, v, gates, state, mask, o).to(qkvo.dtype), state
         q, k, v, o = qkvo.split(self.splits, -1)
         return self._cell(q, k, v, gates, state, in_place, mask, cu_seqlens, keep, ogate=o)
 
@@ -481,7 +505,7 @@ class SLSTMLayer(nn.Module):
         c = x
         if self.conv is not None:
             c, conv = self.conv(x, conv, mask=mask, cu_seqlens=cu_seqlens)
-        gates = torch.cat((self._gates(c, 0), self._gates(x, 2)), -2)
+        gates = self._gates(c, x)
         if x.shape[1] == 1 and cu_seqlens is None:
             mask = None if mask is None else mask[:, 0]
             h, cell = slstm_step(gates.squeeze(1), self.recurrent_weight, cell, mask=mask, backend=self.backend)
@@ -491,13 +515,13 @@ class SLSTMLayer(nn.Module):
             h, cell = slstm_scan(gates, self.recurrent_weight, cell, **options)
         return self.head_norm(last(h, keep).to(x.dtype)), LayerState(cell, conv)
 
-    def _gates(self, x: Tensor, first: int) -> Tensor:
-        """Pre-activations of two gates without their recurrent part, `[B, T, D]` to `[B, T, H, 2, D / H]`."""
-        weight, bias = self.gate_weight[:, first : first + 2].flatten(1, 2), self.gate_bias[:, first : first + 2]
-        x = x.unflatten(-1, (weight.shape[0], -1))
-        if not self.config.keep_gates_in_fp32:
-            return torch.einsum("bthi,hoi->btho", x, weight.to(x.dtype)).unflatten(-1, (2, -1)) + bias
-        dtype = state_dtype(x.dtype)
-        with full_precision(x.device):
-            y = torch.einsum("bthi,hoi->btho", x.to(dtype), weight.to(dtype))
-            return y.unflatten(-1, (2, -1)) + bias.to(dtype)
+    def _gates(self, c: Tensor, x: Tensor) -> Tensor:
+        """Pre-activations without their recurrent part, of i and f from c, of z and o from x: `[B, T, H, 4, D / H]`."""
+        H, _, D, _ = self.gate_weight.shape
+        in_full = self.config.keep_gates_in_fp32
+        dtype = state_dtype(x.dtype) if in_full else x.dtype
+        inputs = torch.stack((c.reshape(-1, H, D), x.reshape(-1, H, D)), 2).to(dtype)
+        weight = self.gate_weight.to(dtype).view(2 * H, 2 * D, D)
+        with full_precision(x.device) if in_full else nullcontext():
+            y = torch.bmm(inputs.flatten(1, 2).transpose(0, 1), weight.mT)  # [2 H, B T, 2 D]
+        return y.transpose(0, 1).reshape(*x.shape[:2], H, 4, D) + self.gate_bias

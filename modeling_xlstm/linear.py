@@ -21,6 +21,7 @@ if HAS_TRITON:
     from .glu_triton import gated_linear_unit
     from .linear_triton import ROWS, multiply
 
+SMALL = 1 << 19  # numbers of a matrix that MKL has multiplied with one row before oneDNN has begun
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {"silu": F.silu, "gelu": F.gelu}
 
 
@@ -109,14 +110,22 @@ def linear(
     if fits and is_for_triton(module, x, backend):
         y = multiply(x.reshape(-1, x.shape[-1]), module.weight, activation=activation, cap=cap)
         return y.view(*x.shape[:-1], y.shape[-1])
-    y = _product(module, x) if fits else module(x)
+    y = _onednn_product(module, x) if fits and is_for_onednn(module, x) else module(x)
     return soft_cap(_glu(y, activation, backend) if activation else y, cap)
 
 
-def _product(module: Any, x: Tensor) -> Tensor:
-    on_cpu = HAS_ONEDNN_LINEAR and x.device.type == "cpu" and x.dtype == torch.float32
-    if not (on_cpu and is_plain(module, x)):
-        return module(x)
+def is_for_onednn(module: Any, x: Tensor) -> bool:
+    """Whether a product is faster with oneDNN: in float32 on a CPU, unless of one row with a small matrix."""
+    return (
+        x.dtype == torch.float32
+        and HAS_ONEDNN_LINEAR
+        and x.device.type == "cpu"
+        and is_plain(module, x)
+        and (x.numel() > module.in_features or module.weight.numel() >= SMALL)
+    )
+
+
+def _onednn_product(module: Any, x: Tensor) -> Tensor:
     inputs: tuple[Any, ...] = (x.reshape(-1, x.shape[-1]), module.weight, module.bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         y = _OneDNNLinear.apply(*inputs)

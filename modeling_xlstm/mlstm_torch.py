@@ -37,9 +37,13 @@ class MLSTMState(NamedTuple):
 
 
 def mlstm_step(
-    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, state: MLSTMState, input_gate: str, eps: float
-) -> tuple[Tensor, MLSTMState]:
-    """One time step: q, k `[B, H, K]`, v `[B, H, V]`, gates `[B, H]`. The definition of the mLSTM."""
+    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, state: MLSTMState, input_gate: str, eps: float,
+    in_place: bool = False,
+) -> tuple[Tensor, MLSTMState]:  # fmt: skip
+    """One time step: q, k `[B, H, K]`, v `[B, H, V]`, gates `[B, H]`. The definition of the mLSTM.
+
+    With `in_place` the state is overwritten, which autograd must not see.
+    """
     C, n, m = state
     dtype = C.dtype
     q, k, v, igate, fgate = (x.to(dtype) for x in (q, k, v, igate, fgate))
@@ -48,17 +52,20 @@ def mlstm_step(
     if input_gate == "exp":
         past = past + m
         m_new = torch.maximum(past, igate)
-        m_new = m_new.masked_fill(m_new == -math.inf, 0.0)  # nothing is left, and nothing enters: empty again
+        # minus infinity where nothing is left, and nothing enters: empty again
+        m_new = torch.nan_to_num(m_new, nan=math.nan, posinf=math.inf, neginf=0.0)
     else:
         igate, m_new = F.logsigmoid(igate), torch.zeros_like(m)
-    f = torch.exp(past - m_new)
-    i = torch.exp(igate - m_new)
-    k = i[..., None] * k
-    C = torch.addcmul(f[..., None, None] * C, k[..., :, None], v[..., None, :])
-    n = f[..., None] * n + k
-    numerator = (q[..., None, :] @ C).squeeze(-2)
-    denominator = torch.maximum((q * n).sum(-1).abs(), _floor(m_new)) + eps
-    return numerator / denominator[..., None], MLSTMState(C, n, m_new)
+    f = torch.exp(past - m_new).unsqueeze(-1)
+    k = torch.exp(igate - m_new).unsqueeze(-1) * k
+    C_out, n_out = (C, n) if in_place else (None, None)
+    C = torch.mul(f.unsqueeze(-1), C, out=C_out)
+    C = torch.addcmul(C, k.unsqueeze(-1), v.unsqueeze(-2), out=C_out)
+    n = torch.addcmul(k, f, n, out=n_out)
+    numerator = torch.bmm(q.flatten(0, 1).unsqueeze(1), C.flatten(0, 1)).view(v.shape)
+    denominator = torch.maximum(torch.linalg.vecdot(q, n).abs(), _floor(m_new)) + eps
+    m = m.copy_(m_new) if in_place else m_new
+    return numerator / denominator.unsqueeze(-1), MLSTMState(C, n, m)
 
 
 def _floor(m: Tensor) -> Tensor:

@@ -102,9 +102,10 @@ class XLSTMBlock(GradientCheckpointingLayer):
         if HAS_TRITON and takes(self, x, state, cu_seqlens):
             return last(block_steps(self, x, state, mask), keep), state
         y, state = self.mixer(self.mixer_norm(x), state, mask=mask, cu_seqlens=cu_seqlens, keep=keep)
-        x = last(x, keep) + self.dropout(y)
+        x = last(x, keep) + (self.dropout(y) if self.training else y)
         if self.ffn is not None:
-            x = x + self.dropout(self.ffn(self.ffn_norm(x)))
+            y = self.ffn(self.ffn_norm(x))
+            x = x + (self.dropout(y) if self.training else y)
         return x, state
 
 
@@ -649,7 +650,10 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         ACTIVE.set(graphs)
 
     def generate(self, *args: Any, **kwargs: Any):
-        """As in Transformers; on a GPU steps are replayed as CUDA graphs, unless `disable_compile=True` is given."""
+        """As in Transformers; on a GPU steps are replayed as CUDA graphs, unless `disable_compile=True` is given.
+
+        With a `compile_config` they are compiled by `torch.compile` instead, on a CPU too, which needs a C++ compiler.
+        """
         with quiet():
             try:
                 return super().generate(*args, **kwargs)  # type: ignore[misc]
@@ -659,8 +663,11 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
 
     def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
         """Steps are compiled by `torch.compile` only where that is asked for: they are replayed as graphs."""
-        asked = generation_config.compile_config is not None
-        return asked and super()._valid_auto_compile_criteria(model_kwargs, generation_config)  # type: ignore[misc]
+        asked = generation_config.compile_config
+        if asked is None:
+            return False
+        asked._compile_all_devices = True  # on a CPU too, where it pays as well
+        return super()._valid_auto_compile_criteria(model_kwargs, generation_config)  # type: ignore[misc]
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any):
         """Raises NotImplementedError: there is nothing to page."""
@@ -675,11 +682,10 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """As in Transformers, with padding moved to the left: the next token is read at the last position."""
-        is_step = kwargs.get("next_sequence_length") == 1 and not kwargs.get("is_first_iteration")
-        if is_step and ACTIVE.get() is not None:
-            # what was generated is no padding; the GPU waits for this
+        if kwargs.get("next_sequence_length") == 1 and not kwargs.get("is_first_iteration"):
+            # what was generated is no padding, and this is done for every token
             kept = {name: x for name, x in kwargs.items() if name in DECODING}
-            return {"input_ids": input_ids[:, -1:], "logits_to_keep": 1, **kept}
+            return {"input_ids": input_ids[:, -1:].contiguous(), "logits_to_keep": 1, **kept}
         kwargs["inputs_embeds"] = inputs_embeds
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc, arg-type]
         mask = inputs.get("attention_mask")

@@ -41,15 +41,16 @@ class SLSTMState(NamedTuple):
 def slstm_step(gates: Tensor, R: Tensor, state: SLSTMState) -> tuple[Tensor, SLSTMState]:
     """One time step: gates `[B, H, 4, D]`, R `[H, 4, D_out, D_in]`. The definition of the sLSTM."""
     h, c, n, m = state
-    recurrent = torch.einsum("hgoi,bhi->bhgo", R.to(h.dtype), h)
+    weight = R.to(h.dtype).flatten(1, 2)  # [H, 4 D_out, D_in]
+    recurrent = torch.bmm(h.transpose(0, 1), weight.mT).transpose(0, 1).reshape(gates.shape)
     i, f, z, o = (gates.to(h.dtype) + recurrent).unbind(-2)
     logf = F.logsigmoid(f) + m
     # an empty state weighs nothing, and its m must not push the first input out of range
     m_new = torch.where(n == 0, i, torch.maximum(i, logf))
     f = torch.exp((logf - m_new).clamp(max=MAX_LOG_WEIGHT))
     i = torch.exp(i - m_new)
-    c = f * c + i * torch.tanh(z)
-    n = f * n + i
+    c = torch.addcmul(i * torch.tanh(z), f, c)
+    n = torch.addcmul(i, f, n)
     h = torch.sigmoid(o) * c / n
     return h, SLSTMState(h, c, n, m_new)
 

@@ -147,6 +147,20 @@ def test_each_sampling_option_arrives(generate, option):
     assert generate("--seed", 1, "--temperature", 2.0) != generate("--greedy")
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_a_compiled_step_writes_the_same_text(generate):
+    assert generate("--compile", "--greedy") == generate("--greedy")
+
+
+def test_without_a_compiler_a_step_is_not_compiled(run, checkpoint, monkeypatch):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/nonexistent/g++"))
+    torch._dynamo.reset()
+    code, out, err = run("generate", "--model", str(checkpoint), "--prompt", PROMPT, "--compile")
+    assert code == 1
+    assert not out
+    assert re.fullmatch(r"error: .* cannot be compiled: .*C\+\+ compiler.*\n", err)
+
+
 def test_a_repetition_penalty_arrives(generate, checkpoint, tokenizer):
     out = generate("--greedy", "--repetition-penalty", 0.01)
     assert out == expected_text(checkpoint, tokenizer, repetition_penalty=0.01)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import KINDS, TWO_KINDS, VOCAB, assert_near, random_ids, tiny_config, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, TextIteratorStreamer, TextStreamer, pipeline
+from transformers import CompileConfig, PreTrainedTokenizerFast, TextIteratorStreamer, TextStreamer, pipeline
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_xlstm import XLSTMCache, modeling_xlstm
@@ -147,6 +147,18 @@ def test_scores_logits_and_hidden_states_are_those_of_a_full_pass(kind):
     for layer in range(model.config.num_hidden_layers + 1):
         pieces = torch.cat([step[layer] for step in output.hidden_states], 1)
         assert_near(pieces, full.hidden_states[layer])
+
+
+@pytest.mark.parametrize("kind", TWO_KINDS)
+def test_steps_are_compiled_on_a_cpu_where_that_is_asked_for(kind):
+    model, ids = tiny_model(kind), random_ids(2, 7)
+    mask = torch.ones_like(ids)
+    ids[0, :3], mask[0, :3] = 1, 0
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    text = greedy(model, ids, 6, attention_mask=mask, compile_config=CompileConfig(backend="eager", mode=None))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch.equal(text, greedy(model, ids, 6, attention_mask=mask))
 
 
 def test_the_end_of_text_stops_each_row():

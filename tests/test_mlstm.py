@@ -106,6 +106,19 @@ def test_a_gradient_that_ignores_the_normaliser_would_be_noticed():
         assert error > 0.1 * actual[f"gradient of {name}"].norm(), name
 
 
+@pytest.mark.parametrize("input_gate", ["exp", "sigmoid"])
+def test_a_step_in_place_is_the_step_and_overwrites_the_state(input_gate):
+    tokens, state = unpack({name: x[:, 0] if name in MLSTM_TOKENS else x for name, x in mlstm_inputs(2, 1).items()})
+    h, new = mlstm_torch.mlstm_step(*tokens, state, input_gate, 1e-6)
+    held = MLSTMState(*(x.clone() for x in state))
+    h_in_place, same = mlstm_torch.mlstm_step(*tokens, held, input_gate, 1e-6, in_place=True)
+    assert torch.equal(h, h_in_place)
+    for x, before, after in zip(held, state, new, strict=True):
+        assert torch.equal(x, after)
+        assert not torch.equal(x, before) or input_gate == "sigmoid"  # whose m stays 0
+    assert all(a is b for a, b in zip(same, held, strict=True))
+
+
 @pytest.mark.parametrize("op", [recurrent, chunkwise])
 def test_the_stabiliser_is_only_a_representation_of_the_state(op):
     x = mlstm_inputs(2, 33)
