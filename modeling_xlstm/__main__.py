@@ -146,6 +146,7 @@ def generate(args: argparse.Namespace) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, trust_remote_code=False)
         model.to(device)
         model.set_backend(args.backend)
+        inputs = inputs.to(device)
     except (OSError, ValueError, KeyError, RuntimeError, AssertionError, SafetensorError) as error:
         raise CommandError(f"{args.model} cannot be loaded on {args.device}: {reason(error)}") from error
 
@@ -157,9 +158,7 @@ def generate(args: argparse.Namespace) -> None:
     if args.compile:
         options["compile_config"] = CompileConfig()
         try:  # of three tokens the last comes from a step that is there
-            model.generate(
-                ids.to(model.device), attention_mask=mask.to(model.device), **options | {"max_new_tokens": 3}
-            )
+            model.generate(**inputs, **options | {"max_new_tokens": 3})
         except RuntimeError as error:
             raise CommandError(f"{args.model} cannot be compiled: {reason(error)}") from error
     if args.seed is not None:
