@@ -336,7 +336,8 @@ SECTIONS = {
     ),
     "prefill": Section(
         measure_prefill, (OURS, NATIVE, LIMIT_CHUNK, XL_CHUNK, LLAMA),
-        {"tokens": "d", "ms": ".1f", "tokens/s": ".0f", "tokens/s in generate": ".0f"}, "tokens", "tokens/s in generate",
+        {"tokens": "d", "ms": ".1f", "tokens/s": ".0f", "tokens/s in generate": ".0f"},
+        "tokens", "tokens/s in generate",
     ),
     "long": Section(
         measure_long, (OURS,),
