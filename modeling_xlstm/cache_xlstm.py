@@ -139,7 +139,7 @@ class XLSTMCacheLayer:
     def update(self, state: LayerState) -> None:
         """Stores `state`: in place where nothing can differentiate through it and the shapes agree."""
         self.is_empty = False
-        old = self._state
+        old = self.state
         if old is not None and not torch.is_grad_enabled():
             if state.cell[0] is old.cell[0] and state.conv is old.conv:  # which the layer has overwritten
                 return

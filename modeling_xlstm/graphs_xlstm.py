@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import transformers.generation.utils
 from torch import Tensor, nn
 
 from .cache_xlstm import XLSTMCache
@@ -76,7 +77,8 @@ class StepGraphs:
             return "it is in training mode"
         if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
             return "it is spread over devices"
-        if any(p.device != model.device for p in model.parameters()):
+        device = model.device
+        if any(p.device != device for p in model.parameters()):
             return "its weights are on several devices"
         quantizer = getattr(model, "hf_quantizer", None)
         if quantizer is not None and not quantizer.is_compileable:
@@ -134,7 +136,7 @@ class StepGraphs:
         B, T = ids.shape
         with self.lock, torch.cuda.device(ids.device), torch.inference_mode(False), torch.no_grad():
             self._move_in(cache, B)
-            step = self._step(B, _bucket(T), mask is not None or T > 1)
+            step = self._step(B, _bucket(T), mask is not None or _bucket(T) > T or 1 < T <= LONGEST)
             before = self._states(B).clone() if cache.is_recording else None
             was_empty = cache.layers[0].is_empty
             (step.ids if T == 1 else step.ids[:, :T]).copy_(ids)
@@ -291,7 +293,7 @@ def _bucket(T: int) -> int:
 def _key(model: Any) -> tuple:
     """What graphs of a model depend on, as far as that can change."""
     addresses = tuple(x.data_ptr() for x in (*model.parameters(), *model.buffers()))
-    return addresses, tuple(getattr(module, "backend", None) for module in model.modules())
+    return addresses, tuple(module.__dict__.get("backend") for module in model.modules())
 
 
 def _is_known(model: nn.Module) -> bool:
@@ -301,6 +303,17 @@ def _is_known(model: nn.Module) -> bool:
     return all(f"{type(module).__module__}.".startswith(roots) for module in model.modules()) and all(
         type(weight) is nn.Parameter for weight in model.parameters()
     )
+
+
+def _stops_late(device: torch.device, cache: Any, cache_is_returned: bool, is_assistant: bool) -> bool:
+    """What `DeferredStopCheck.is_supported` of Transformers says on Apple's GPUs, also where steps are replayed.
+
+    Whether a text has ended is then looked up while the next step runs already, and the GPU does not wait for it. That
+    step is not taken back: not where the cache is returned.
+    """
+    if device.type == "cuda" and ACTIVE.get() is not None:
+        return not (cache_is_returned or is_assistant)
+    return _stops_late_elsewhere(device, cache, cache_is_returned, is_assistant)
 
 
 @contextmanager
@@ -325,3 +338,8 @@ def graphs_of(model: nn.Module) -> StepGraphs:
         if model not in _GRAPHS:
             _GRAPHS[model] = StepGraphs(model)
         return _GRAPHS[model]
+
+
+if hasattr(transformers.generation.utils, "DeferredStopCheck"):  # of version 5.17 and later
+    _stops_late_elsewhere = transformers.generation.utils.DeferredStopCheck.is_supported
+    transformers.generation.utils.DeferredStopCheck.is_supported = staticmethod(_stops_late)  # type: ignore[method-assign]
