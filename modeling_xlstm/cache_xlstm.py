@@ -236,7 +236,7 @@ class XLSTMCache(Cache):
     def advance(self, tokens: int, device: torch.device) -> None:
         """Counts `tokens` more positions, padding included."""
         if self.seen_tokens.device != device or not is_writable(self.seen_tokens):
-            self.seen_tokens = self.seen_tokens.to(device, copy=True)
+            self.seen_tokens = self.seen_tokens.to(device, non_blocking=True, copy=True)
             _keep_address(self.seen_tokens)
         self.seen_tokens += tokens
 

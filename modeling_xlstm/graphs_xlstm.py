@@ -49,7 +49,7 @@ class StepGraphs:
     def __init__(self, model: Any):
         self.model: Any = weakref.ref(model)
         self.lock = threading.RLock()
-        self.key: tuple = ()
+        self.key: Any = None
         self.is_known = False
         self.tenant: Any = lambda: None  # the cache whose states the memory holds
         self.clear()
@@ -77,15 +77,15 @@ class StepGraphs:
             return "it is in training mode"
         if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
             return "it is spread over devices"
-        device = model.device
-        if any(p.device != device for p in model.parameters()):
-            return "its weights are on several devices"
         quantizer = getattr(model, "hf_quantizer", None)
         if quantizer is not None and not quantizer.is_compileable:
             return "the kernels for its quantised weights wait for the GPU"
+        device = model.device
         for name, module in model.named_modules():
             if is_hooked(module):
                 return f"{name or 'it'} is hooked"
+            if any(weight is not None and weight.device != device for weight in module._parameters.values()):
+                return "its weights are on several devices"
         if torch.is_autocast_enabled("cuda"):
             return "autocast is on"
         return None
@@ -93,9 +93,9 @@ class StepGraphs:
     def prepare(self, batch_size: int) -> None:
         """Captures a step of one token each, unless there is one. Graphs of what was another model are dropped."""
         model = self.model()
-        key = _key(model)
+        key, is_known = _survey(model)
         with self.lock, torch.cuda.device(model.device):
-            self.is_known = _is_known(model)
+            self.is_known = is_known
             if key != self.key or not self.is_known:
                 self.clear()
                 self.key = key
@@ -290,19 +290,16 @@ def _bucket(T: int) -> int:
     return -(-T // (power // 8)) * (power // 8) if power > 512 else power
 
 
-def _key(model: Any) -> tuple:
-    """What graphs of a model depend on, as far as that can change."""
-    addresses = tuple(x.data_ptr() for x in (*model.parameters(), *model.buffers()))
-    return addresses, tuple(module.__dict__.get("backend") for module in model.modules())
-
-
-def _is_known(model: nn.Module) -> bool:
-    """Whether all modules are of PyTorch or of this package, and weights plain: what others do may change from call to
-    call, and where their weights are is not known."""
+def _survey(model: nn.Module) -> tuple[tuple[list, list], bool]:
+    """What graphs of a model depend on, as far as that can change; and whether all modules are of PyTorch or of this
+    package, and weights plain: what others do may change from call to call, with weights that are who knows where."""
     roots = ("torch.nn.", __name__.rpartition(".")[0] + ".")
-    return all(f"{type(module).__module__}.".startswith(roots) for module in model.modules()) and all(
-        type(weight) is nn.Parameter for weight in model.parameters()
-    )
+    modules = list(model.modules())
+    tensors = [x for m in modules for x in (*m._parameters.values(), *m._buffers.values()) if x is not None]
+    key = [x.data_ptr() for x in tensors], [m.__dict__.get("backend") for m in modules]
+    is_known = all(f"{type(m).__module__}.".startswith(roots) for m in modules)
+    is_known = is_known and all(type(x) in (nn.Parameter, Tensor) for x in tensors)
+    return key, is_known
 
 
 def _stops_late(device: torch.device, cache: Any, cache_is_returned: bool, is_assistant: bool) -> bool:

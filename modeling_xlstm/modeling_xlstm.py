@@ -694,6 +694,8 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         name = "input_ids" if inputs.get("inputs_embeds") is None else "inputs_embeds"
         x = inputs[name]
         mask = mask[:, -x.shape[1] :]
+        if (mask != 0).all():
+            return {**inputs, "attention_mask": None}
         order = torch.argsort(mask != 0, dim=1, stable=True)
         rows = torch.arange(len(x), device=x.device)[:, None]
         return {**inputs, name: x[rows, order], "attention_mask": mask.gather(1, order)}
