@@ -209,8 +209,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dy):
-    _, o, _, bias = ctx.saved_tensors
-    dh, do, dweight, dbias = _gated_head_norm_backward(dy, *ctx.saved_tensors, ctx.offset, ctx.eps)
+    h, o, weight, bias = ctx.saved_tensors  # may be read only once under checkpointing
+    dh, do, dweight, dbias = _gated_head_norm_backward(dy, h, o, weight, bias, ctx.offset, ctx.eps)
     return dh, None if o is None else do, dweight, None if bias is None else dbias, None, None
 
 

@@ -388,10 +388,11 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dh, dC, dn, dm, *_):
+    saved = ctx.saved_tensors  # may be read only once under checkpointing
     if dh is None:
-        dh = torch.zeros_like(ctx.saved_tensors[6])
+        dh = torch.zeros_like(saved[6])
     with full_precision(dh.device):
-        *grads, dC, dn, dm = _mlstm_chunkwise_backward(dh, dC, dn, dm, *ctx.saved_tensors, ctx.has_state, *ctx.options)
+        *grads, dC, dn, dm = _mlstm_chunkwise_backward(dh, dC, dn, dm, *saved, ctx.has_state, *ctx.options)
     state_grads = (dC, dn, dm) if ctx.has_state else (None, None, None)
     return *grads, *state_grads, None, None, None, None
 

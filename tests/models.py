@@ -134,3 +134,10 @@ class CountingBackend:
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]):
         self.graphs.append(graph)
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+
+def use_checkpointing(model, use_reentrant=False):
+    """The model with gradient checkpointing, whatever this version of Transformers calls it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
+    return model

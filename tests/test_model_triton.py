@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import tiny_model
+from models import tiny_model, use_checkpointing
 from triton_device import DEVICE, GPU, needs_somewhere_to_run
 
 from modeling_xlstm import export_decode, export_prefill, initial_states
@@ -34,6 +34,18 @@ def test_logits_and_gradients_are_those_of_pytorch(kind):
     for name, grad in grads.items():
         scale = grad.abs().max().item()
         torch.testing.assert_close(grads_triton[name], grad, atol=1e-4 * scale + 1e-9, rtol=1e-3, msg=name)
+
+
+# in half precision other kernels are used, which the interpreter has no numbers for
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16] if GPU else [torch.float32])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_the_same_with_checkpointing(kind, dtype):
+    tokens, grads = ids(2, 9), []
+    plain, model = (tiny_model(kind, backend="triton").to(DEVICE, dtype).train() for _ in range(2))
+    for x in (plain, use_checkpointing(model)):
+        x(tokens, labels=tokens).loss.backward()
+        grads.append([p.grad for p in x.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,6 +13,7 @@ from models import (
     states,
     tiny_config,
     tiny_model,
+    use_checkpointing,
 )
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
@@ -24,12 +25,6 @@ def loss_gradients(model, ids, **kwargs):
     kwargs.setdefault("labels", ids)
     model(ids, num_items_in_batch=1, **kwargs).loss.backward()
     return gradients(model)
-
-
-def use_checkpointing(model, use_reentrant):
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": use_reentrant})
-    return model
 
 
 @pytest.mark.parametrize("length", [2, 63, 64, 65, 127])
