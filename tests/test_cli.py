@@ -152,10 +152,10 @@ def test_a_compiled_step_writes_the_same_text(generate):
     assert generate("--compile", "--greedy") == generate("--greedy")
 
 
-def test_without_a_compiler_a_step_is_not_compiled(run, checkpoint, monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/nonexistent/g++"))
+def test_without_a_compiler_a_step_is_not_compiled(run, checkpoint):
     torch._dynamo.reset()
-    code, out, err = run("generate", "--model", str(checkpoint), "--prompt", PROMPT, "--compile")
+    with torch._inductor.config.patch({"cpp.cxx": (None, "/nonexistent/g++")}):
+        code, out, err = run("generate", "--model", str(checkpoint), "--prompt", PROMPT, "--compile")
     assert code == 1
     assert not out
     assert re.fullmatch(r"error: .* cannot be compiled: .*C\+\+ compiler.*\n", err)
