@@ -257,3 +257,15 @@ def test_padding_is_told_to_the_pass_that_reads_a_prompt_even_of_one_token():
         ACTIVE.reset(token)
     assert prompt["attention_mask"].tolist() == [[1], [0]]
     assert "attention_mask" not in step
+
+
+@pytest.mark.parametrize("kind", TWO_KINDS)
+def test_texts_end_where_they_end_without_graphs(kind):
+    model, ids = model_of(kind), ids_of(3, 9)
+    ends = eager(model, ids, 12)[:, 13].unique().tolist()  # what some row writes as its fifth token
+    options = {"eos_token_id": ends, "pad_token_id": 1}
+    expected = eager(model, ids, 12, **options)
+    assert torch.equal(write(model, ids, 12, **options), expected)
+    output = write(model, ids, 12, return_dict_in_generate=True, **options)  # whose state is not a token further
+    assert torch.equal(output.sequences, expected)
+    assert output.past_key_values.get_seq_length() == expected.shape[1] - 1
