@@ -7,9 +7,9 @@ nothing is printed if they fail.
 Models of 47 M parameters (width 512, 12 blocks, vocabulary 8192) read a prompt of 512 and predict the next token
 (`prefill`; Transformers' xLSTM, whatever `logits_to_keep` says, predicts all 512), continue it by 16 tokens, one at a
 time (`decode`; `bf16`: with weights in bfloat16; `compiled`: by `torch.compile`, which takes minutes before anything is
-timed), and take AdamW steps on 4 x 512 tokens (`train`). Models of the first paper (width 512, six blocks; the
-package's `vanilla` sLSTM, the one for CPUs) only train, and so do two sLSTM blocks by themselves, without embedding and
-head (`train blocks`).
+timed), continue 16 tokens by 128 in one call of `generate` (`generate`), and take AdamW steps on 4 x 512 tokens
+(`train`). Models of the first paper (width 512, six blocks; the package's `vanilla` sLSTM, the one for CPUs) only
+train, and so do two sLSTM blocks by themselves, without embedding and head (`train blocks`).
 """
 
 import argparse
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from modeling_xlstm import XLSTMConfig, XLSTMForCausalLM
 
 
-VOCAB, WIDTH, BLOCKS, PROMPT, BATCH, NEW = 8192, 512, 12, 512, 4, 16
+VOCAB, WIDTH, BLOCKS, PROMPT, BATCH, NEW, TEXT = 8192, 512, 12, 512, 4, 16, 128
 TESTS = ["tests/test_parity.py", "tests/test_mlstm.py", "tests/test_slstm.py"]
 
 
@@ -91,7 +91,7 @@ def paper_stack(blocks: int, slstm_at: tuple[int, ...]) -> nn.Module:
     return xlstm.xLSTMLMModel(config)
 
 
-ALL = ("prefill", "decode", "decode bf16", "train")
+ALL = ("prefill", "decode", "decode bf16", "generate bf16", "train")
 COMPILED = (*ALL, "decode bf16, compiled")
 PEERS = [
     Peer("modeling_xlstm", "7B style", ours, COMPILED),
@@ -132,6 +132,16 @@ def in_bfloat16(model: Any) -> Any:
 
 def decode_bf16(model: nn.Module, peer: Peer, ids: Tensor) -> Callable[[], object]:
     return decode(in_bfloat16(model), peer, ids)
+
+
+def generate_bf16(model: nn.Module, peer: Peer, ids: Tensor) -> Callable[[], object]:
+    model = in_bfloat16(model)
+    options = {"max_new_tokens": TEXT, "min_new_tokens": TEXT, "do_sample": False, "pad_token_id": 0}
+
+    def run():
+        return model.generate(ids[:1, :NEW], **options)
+
+    return run
 
 
 def decode_compiled(model: nn.Module, peer: Peer, ids: Tensor) -> Callable[[], object]:
@@ -176,6 +186,7 @@ MEASUREMENTS = {
     "prefill": (prefill, "ms for 512 tokens", lambda s: s * 1e3),
     "decode": (decode, "ms a token", lambda s: s * 1e3 / NEW),
     "decode bf16": (decode_bf16, "ms a token", lambda s: s * 1e3 / NEW),
+    "generate bf16": (generate_bf16, "ms a token", lambda s: s * 1e3 / TEXT),
     "decode bf16, compiled": (decode_compiled, "ms a token", lambda s: s * 1e3 / NEW),
     "train": (train, "tokens/s", lambda s: BATCH * PROMPT / s),
     "train blocks": (train_blocks, "tokens/s", lambda s: BATCH * PROMPT / s),

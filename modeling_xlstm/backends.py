@@ -16,6 +16,11 @@ BACKENDS = ("auto", "torch", "triton")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run in Python, on tensors of a CPU
 HAS_ONEDNN_LINEAR = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+HAS_ONEDNN_PACKING = (
+    HAS_ONEDNN_LINEAR
+    and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+)
 # Earlier versions start over from the first token when they read a prompt in pieces, whatever a cache has seen.
 READS_ON_IN_PIECES = Version(transformers.__version__) >= Version("5.21")
 

@@ -1,7 +1,7 @@
 """Linear layers at the speed of the machine, where PyTorch's own are not.
 
-In float32 on a CPU, PyTorch multiplies with MKL where oneDNN can be faster; a few rows in half precision on a GPU are
-multiplied in Triton. Parameters are the same and results equal up to rounding.
+In float32 on a CPU, PyTorch multiplies with MKL where oneDNN can be faster, in bfloat16 `generate` packs weights first; a
+few rows in half precision on a GPU are multiplied in Triton. Parameters are the same and results equal up to rounding.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .backends import HAS_ONEDNN_LINEAR, HAS_TRITON, INTERPRETED, resolve
 from .fused import soft_cap
+from .linear_packed import PACKED
 
 
 if HAS_TRITON:
@@ -110,7 +111,12 @@ def linear(
     if fits and is_for_triton(module, x, backend):
         y = multiply(x.reshape(-1, x.shape[-1]), module.weight, activation=activation, cap=cap)
         return y.view(*x.shape[:-1], y.shape[-1])
-    y = _onednn_product(module, x) if fits and is_for_onednn(module, x) else module(x)
+    if fits and is_for_onednn(module, x):
+        y = _onednn_product(module, x, module.weight)
+    elif fits and (weight := packed_weight(module, x)) is not None:
+        y = _onednn_product(module, x, weight)
+    else:
+        y = module(x)
     return soft_cap(_glu(y, activation, backend) if activation else y, cap)
 
 
@@ -125,8 +131,18 @@ def is_for_onednn(module: Any, x: Tensor) -> bool:
     )
 
 
-def _onednn_product(module: Any, x: Tensor) -> Tensor:
-    inputs: tuple[Any, ...] = (x.reshape(-1, x.shape[-1]), module.weight, module.bias)
+def packed_weight(module: Any, x: Tensor) -> Tensor | None:
+    """The weight of `module` as oneDNN wants it, in a `generate` that packs weights, if it has by now."""
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    packed = PACKED.get()
+    if packed is None or torch.is_grad_enabled() or not is_plain(module, x):
+        return None
+    return packed(module.weight)
+
+
+def _onednn_product(module: Any, x: Tensor, weight: Tensor) -> Tensor:
+    inputs: tuple[Any, ...] = (x.reshape(-1, x.shape[-1]), weight, module.bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         y = _OneDNNLinear.apply(*inputs)
     else:

@@ -55,6 +55,7 @@ from .layers_xlstm import (
     small_std,
 )
 from .linear import linear
+from .linear_packed import pack, packing
 
 
 if HAS_TRITON:
@@ -636,7 +637,9 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
                 model_kwargs["past_key_values"].activate_past_recording()
 
         compiles = generation_config.compile_config is not None  # by itself
-        if "past_key_values" in model_kwargs and not (generation_config.disable_compile or compiles):
+        as_it_is = "past_key_values" not in model_kwargs or generation_config.disable_compile or compiles
+        pack(not as_it_is)
+        if not as_it_is:
             self._prepare_graphs(rows)
 
     def _prepare_graphs(self, rows: int) -> None:
@@ -650,11 +653,13 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         ACTIVE.set(graphs)
 
     def generate(self, *args: Any, **kwargs: Any):
-        """As in Transformers; on a GPU steps are replayed as CUDA graphs, unless `disable_compile=True` is given.
+        """As in Transformers; on a GPU steps are replayed as CUDA graphs, and in bfloat16 on a CPU weights are copied into
+        the order that they are multiplied in, up to 2 GiB of them, for the time of the call.
 
-        With a `compile_config` they are compiled by `torch.compile` instead, on a CPU too, which needs a C++ compiler.
+        Neither with `disable_compile=True`. With a `compile_config` steps are compiled by `torch.compile` instead, on a
+        CPU too, which needs a C++ compiler.
         """
-        with quiet():
+        with quiet(), packing():
             try:
                 return super().generate(*args, **kwargs)  # type: ignore[misc]
             finally:
