@@ -6,7 +6,9 @@ so that a compiled decode step can be replayed. Under autograd they are replaced
 
 import math
 import os
+import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -199,6 +201,11 @@ class XLSTMCache(Cache):
         # A tensor, so that counting tokens does not recompile a decode step.
         self.seen_tokens = torch.zeros((), dtype=torch.int64)
 
+    def turn(self) -> AbstractContextManager:
+        """Inside, nobody else moves the states, where they live in memory that caches share: between two steps."""
+        graphs = TURNS.get(self, lambda: None)()
+        return nullcontext() if graphs is None else graphs.turn(self.seen_tokens.device)
+
     def get_state(self, layer_idx: int, batch_size: int) -> LayerState | None:
         """The state that a layer starts from. That of an empty text is of any batch size."""
         layer = self.layers[layer_idx]
@@ -260,17 +267,20 @@ class XLSTMCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows become those of `beam_idx` `[B]`. What was recorded cannot be taken back any more."""
-        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        with self.turn():
+            super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self.records = []
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row becomes `repeats` rows. What was recorded cannot be taken back any more."""
-        super().batch_repeat_interleave(repeats)
+        with self.turn():
+            super().batch_repeat_interleave(repeats)
         self.records = []
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps some rows. What was recorded cannot be taken back any more."""
-        super().batch_select_indices(indices)
+        with self.turn():
+            super().batch_select_indices(indices)
         self.records = []
 
     def record(self, tokens: int, undo: Callable[["XLSTMCache", int], None]) -> None:
@@ -467,6 +477,10 @@ class XLSTMCache(Cache):
             layer.update(LayerState.of(layer.kind, states))
         cache.advance(int(metadata["seen_tokens"]), device)
         return cache
+
+
+# of a cache the graphs, if there still are any, in the memory of which it lives by turns
+TURNS: weakref.WeakKeyDictionary[XLSTMCache, Callable[[], Any]] = weakref.WeakKeyDictionary()
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -4,6 +4,7 @@ A graph is captured once for a batch size and a number of tokens, and reads and 
 was captured with. So the states of one cache at a time live in memory that the graphs of a model share: a cache moves
 in when it is used, and the one that lived there moves out, as all do when something else than a graph is to use them.
 Graphs are kept from one `generate` to the next as long as the model is the same, its weights at the same addresses.
+Threads, and the streams they work on, take turns.
 
 Dims: `B` batch `T` time `L` layers `D` hidden size.
 """
@@ -20,7 +21,7 @@ import torch
 import transformers.generation.utils
 from torch import Tensor, nn
 
-from .cache_xlstm import XLSTMCache
+from .cache_xlstm import TURNS, XLSTMCache
 from .checks import state_dtype
 from .layers_xlstm import FEW_STEPS
 from .linear import is_hooked
@@ -30,6 +31,8 @@ from .linear import is_hooked
 MOST = 2048
 # Of one that can be taken back in part, or has logits of each token.
 LONGEST = FEW_STEPS
+# Of a model. Beyond that the one not used for the longest time is dropped.
+KEPT = 128
 
 
 class Step(NamedTuple):
@@ -49,10 +52,22 @@ class StepGraphs:
     def __init__(self, model: Any):
         self.model: Any = weakref.ref(model)
         self.lock = threading.RLock()
+        self.stream: Any = None  # that of the last turn, and
+        self.tenants_stream: Any = None  # of the tenant
         self.key: Any = None
         self.is_known = False
         self.tenant: Any = lambda: None  # the cache whose states the memory holds
         self.clear()
+
+    @contextmanager
+    def turn(self, device: torch.device) -> Iterator[None]:
+        """Inside, no other thread uses graphs or memory; what other streams did to them is done."""
+        with self.lock, torch.cuda.device(device):
+            stream = torch.cuda.current_stream()
+            if self.stream is not None and stream != self.stream:
+                stream.wait_stream(self.stream)
+            self.stream = stream
+            yield
 
     def clear(self) -> None:
         """Forgets graphs and memory; the cache that lives there moves out."""
@@ -94,7 +109,7 @@ class StepGraphs:
         """Captures a step of one token each, unless there is one. Graphs of what was another model are dropped."""
         model = self.model()
         key, is_known = _survey(model)
-        with self.lock, torch.cuda.device(model.device):
+        with self.turn(model.device):
             self.is_known = is_known
             if key != self.key or not self.is_known:
                 self.clear()
@@ -106,8 +121,9 @@ class StepGraphs:
 
     def vacate(self) -> None:
         """Lets the cache that lives here move out, so that others than the graphs may use it."""
-        with self.lock:
-            self._move_out()
+        if self.memory is not None:
+            with self.turn(self.memory.device):
+                self._move_out()
 
     def fits(self, ids: Tensor | None, cache: XLSTMCache | None, logits_to_keep: Any) -> bool:
         """Whether a pass is short enough, and begins or continues a text.
@@ -134,7 +150,7 @@ class StepGraphs:
         Of more than `LONGEST` tokens, the logits are those of the last.
         """
         B, T = ids.shape
-        with self.lock, torch.cuda.device(ids.device), torch.inference_mode(False), torch.no_grad():
+        with self.turn(ids.device), torch.inference_mode(False), torch.no_grad():
             self._move_in(cache, B)
             step = self._step(B, _bucket(T), mask is not None or _bucket(T) > T or 1 < T <= LONGEST)
             before = self._states(B).clone() if cache.is_recording else None
@@ -156,9 +172,15 @@ class StepGraphs:
         return logits
 
     def _step(self, B: int, T: int, masked: bool) -> Step:
-        if (B, T, masked) not in self.steps:
-            self.steps[B, T, masked] = self._capture(B, T, masked)
-        return self.steps[B, T, masked]
+        key = B, T, masked
+        step = self.steps.pop(key, None) or self._capture(B, T, masked)
+        self.steps[key] = step  # behind all others
+        if len(self.steps) > KEPT:
+            oldest = next(iter(self.steps))
+            del self.steps[oldest]
+            if oldest[2]:
+                self.redos.pop(oldest[:2], None)
+        return step
 
     def _capture(self, B: int, T: int, masked: bool) -> Step:
         model, home = self.model(), self.home
@@ -198,7 +220,7 @@ class StepGraphs:
     def _undo(
         self, before: Tensor, was_empty: bool, inputs: list | None, mask: Tensor | None, cache: XLSTMCache, kept: int
     ) -> None:  # fmt: skip
-        with self.lock, torch.cuda.device(before.device), torch.inference_mode(False), torch.no_grad():
+        with self.turn(before.device), torch.inference_mode(False), torch.no_grad():
             B = cache.layers[0].batch_size
             self._move_in(cache, B)
             self._states(B).copy_(before)
@@ -257,6 +279,7 @@ class StepGraphs:
 
     def _move_in(self, cache: XLSTMCache, B: int) -> None:
         if self.tenant() is cache and self._is_in(cache):
+            self.tenants_stream = self.stream
             return
         if self.tenant() is not cache:
             self._move_out()
@@ -270,7 +293,8 @@ class StepGraphs:
                 home.update(state)
             layer.state = home.state
             layer.is_empty = is_empty
-        self.tenant = weakref.ref(cache)
+        self.tenant, self.tenants_stream = weakref.ref(cache), self.stream
+        TURNS[cache] = weakref.ref(self)
 
     def _move_out(self) -> None:
         cache = self.tenant()
@@ -279,7 +303,13 @@ class StepGraphs:
             return
         empty = [layer.is_empty for layer in cache.layers]
         B = self.home.layers[0].batch_size
-        cache.take(self._states(B).clone(), B)
+        others = self.tenants_stream != self.stream
+        if others:
+            self.tenants_stream.wait_stream(self.stream)
+        with torch.cuda.stream(self.tenants_stream):  # where its thread goes on
+            cache.take(self._states(B).clone(), B)
+        if others:
+            self.stream.wait_stream(self.tenants_stream)
         for layer, is_empty in zip(cache.layers, empty, strict=True):
             layer.is_empty = is_empty
 

@@ -1,7 +1,7 @@
 """Linear layers at the speed of the machine, where PyTorch's own are not.
 
-In float32 on a CPU, PyTorch multiplies with MKL where oneDNN can be faster, in bfloat16 `generate` packs weights first; a
-few rows in half precision on a GPU are multiplied in Triton. Parameters are the same and results equal up to rounding.
+In float32 on a CPU, PyTorch multiplies with MKL where oneDNN can be faster, and in bfloat16 `generate` packs weights
+first; few rows in half precision on a GPU are multiplied in Triton. Parameters are the same, results up to rounding.
 """
 
 from collections.abc import Callable

@@ -653,8 +653,8 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
         ACTIVE.set(graphs)
 
     def generate(self, *args: Any, **kwargs: Any):
-        """As in Transformers; on a GPU steps are replayed as CUDA graphs, and in bfloat16 on a CPU weights are copied into
-        the order that they are multiplied in, up to 2 GiB of them, for the time of the call.
+        """As in Transformers; on a GPU steps are replayed as CUDA graphs, and on a CPU weights in bfloat16 are copied
+        into the order that they are multiplied in, up to 2 GiB of them, for the time of the call.
 
         Neither with `disable_compile=True`. With a `compile_config` steps are compiled by `torch.compile` instead, on a
         CPU too, which needs a C++ compiler.

@@ -1,6 +1,9 @@
 """Steps of `generate` replayed as CUDA graphs write what the steps themselves write."""
 
+import gc
 import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import pytest
@@ -8,7 +11,7 @@ import torch
 from models import KINDS, TWO_KINDS, random_ids, tiny_model
 from torch.utils._pytree import tree_leaves
 
-from modeling_xlstm import XLSTMCache
+from modeling_xlstm import XLSTMCache, graphs_xlstm
 from modeling_xlstm.graphs_xlstm import ACTIVE, StepGraphs, graphs_of
 from modeling_xlstm.linear import is_hooked
 
@@ -163,17 +166,56 @@ def test_caches_take_turns(kind):
             assert cache.get_seq_length() == length - 1
 
 
-def test_threads_share_a_model():
+@pytest.mark.parametrize("own_streams", [False, True], ids=["", "own_streams"])
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_threads_share_a_model(num_beams, own_streams):
     model, ids = model_of("post_up_slstm"), ids_of(4, 9)
-    expected, texts = eager(model, ids, 40), {}
-    threads = [
-        threading.Thread(target=lambda i=i: texts.update({i: write(model, ids[i : i + 1], 40)})) for i in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(torch.equal(texts[i], expected[i : i + 1]) for i in range(4))
+    expected = [eager(model, row[None], 40, num_beams=num_beams) for row in ids]
+    if GPU:
+        torch.cuda.synchronize()
+
+    def text_of(row):
+        with torch.cuda.stream(torch.cuda.Stream()) if own_streams else nullcontext():
+            return write(model, row[None], 40, num_beams=num_beams).cpu()
+
+    with ThreadPoolExecutor(4) as threads:
+        for text, other in zip(threads.map(text_of, ids), expected, strict=True):
+            assert torch.equal(text, other.cpu())
+
+
+def test_beams_are_not_reordered_while_another_thread_moves_states():
+    model, ids = model_of(), ids_of(2, 9)
+    cache = write(model, ids, 4, return_dict_in_generate=True).past_key_values
+    other = threading.Thread(target=write, args=(model, ids, 4))
+    with cache.turn():
+        other.start()
+        other.join(0.3)
+        assert other.is_alive()
+    other.join()
+
+
+def test_a_cache_does_not_keep_the_graphs_of_a_model_that_is_gone():
+    model, ids = model_of(), ids_of(2, 9)
+    cache = write(model, ids, 4, return_dict_in_generate=True).past_key_values
+    graphs = weakref.ref(graphs_of(model))
+    if not GPU:
+        graphs().clear()  # what stands in for a graph knows the model
+    del model
+    gc.collect()
+    assert graphs() is None
+    cache.reorder_cache(torch.tensor([1, 0], device=DEVICE))
+
+
+@pytest.mark.parametrize("kind", TWO_KINDS)
+def test_graphs_that_were_not_used_for_long_are_dropped(kind, monkeypatch):
+    monkeypatch.setattr(graphs_xlstm, "KEPT", 2)
+    model, ids = model_of(kind), ids_of(2, 40)
+    for prompt in (ids[:1, :9], ids[:, :20], ids, ids[:1, :4].repeat(1, 4), ids[:, :9]):
+        lookup = {"prompt_lookup_num_tokens": 3} if len(prompt) == 1 else {}
+        assert torch.equal(write(model, prompt, **lookup), eager(model, prompt))
+        assert len(captured(model)) <= 2
+    graphs = graphs_of(model)
+    assert {(B, T, True) for B, T in graphs.redos} <= captured(model)
 
 
 def test_other_weights_are_seen():
