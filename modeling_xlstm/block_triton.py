@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .backends import INTERPRETED
 from .cache_xlstm import LayerState
-from .layers_xlstm import FEW_STEPS, GateLinear, MLSTMLayer
+from .layers_xlstm import GateLinear, MLSTMLayer, is_few
 from .linear import is_for_triton, is_hooked
 from .linear_triton import Gates, Norm, multiply
 
@@ -33,7 +33,7 @@ def takes(block: Any, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | 
         return False
     if type(mixer) is not MLSTMLayer or type(mixer.gate_proj) is not GateLinear:  # which may have an adapter
         return False
-    if state is None or not state.in_place or cu_seqlens is not None or x.shape[1] > FEW_STEPS:
+    if state is None or not state.in_place or cu_seqlens is not None or not is_few(*x.shape[:2]):
         return False
     products = (mixer.qkvo_proj, mixer.out_proj, block.ffn.up_proj, block.ffn.down_proj)
     return (

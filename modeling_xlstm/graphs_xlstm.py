@@ -76,7 +76,8 @@ class StepGraphs:
             self.steps: dict[tuple, Step] = {}
             self.redos: dict[tuple, torch.cuda.CUDAGraph] = {}
             self.memory: Any = None  # a tensor
-            self.pool: Any = None
+            self.pool: Any = None  # and the stream on which graphs are captured that share it
+            self.side: Any = None
             self.homes: dict[int, XLSTMCache] = {}  # by batch size: their states are views of the memory
             self.home: Any = None  # the one in use, and
             self.cells: list = []  # the states of its layers
@@ -200,8 +201,8 @@ class StepGraphs:
         """A graph of `run`, and what it returned. The states are those from before, whatever happens."""
         before = None if self.tenant() is None else self.memory.clone()
         if self.pool is None:
-            self.pool = torch.cuda.graph_pool_handle()
-        stream, graph = torch.cuda.Stream(self.memory.device), torch.cuda.CUDAGraph()
+            self.pool, self.side = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.memory.device)
+        stream, graph = self.side, torch.cuda.CUDAGraph()
         try:
             with CAPTURING:
                 stream.wait_stream(torch.cuda.current_stream())

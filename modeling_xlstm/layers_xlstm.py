@@ -275,8 +275,13 @@ class GatedFeedForward(nn.Module):
         return linear(self.down_proj, y, backend=self.backend)
 
 
-# So many steps are taken one after the other, where the state may be overwritten, rather than in parallel.
+# More steps than that are always taken in parallel.
 FEW_STEPS = 16
+
+
+def is_few(batch_size: int, steps: int) -> bool:
+    """Whether steps are faster one after the other than in parallel, where the state may be overwritten (H100)."""
+    return steps <= FEW_STEPS // 2 or (steps <= FEW_STEPS and batch_size * steps <= 8 * FEW_STEPS)
 
 
 class _MLSTMMixer(nn.Module):
@@ -322,7 +327,7 @@ class _MLSTMMixer(nn.Module):
         if backend == "torch":  # both at once
             gates, options["gate_soft_cap"] = soft_cap(gates, config.gate_soft_cap), None
         igate, fgate = gates.chunk(2, -1)
-        if in_place and backend == "triton" and T <= FEW_STEPS and not torch.is_grad_enabled():
+        if in_place and backend == "triton" and is_few(*q.shape[:2]) and not torch.is_grad_enabled():
             if ogate is None:
                 h = mlstm_steps_(q, k, v, igate, fgate, state, **options)
                 return self.head_norm(last(h, keep), None, backend), state
