@@ -56,7 +56,7 @@ def model_fingerprint(model: nn.Module) -> str:
         ValueError: Weights are not in memory in full: offloaded, or sharded over devices.
     """
     stack = find_stack(model)
-    weights = dict(stack.state_dict())
+    weights = dict(stack.state_dict()) | dict(stack.named_buffers())  # those too that are not saved
     if (prompt := getattr(model, "prompt_encoder", None)) is not None:
         weights |= prompt.state_dict(prefix="prompt_encoder.")
     for name in sorted(weights):

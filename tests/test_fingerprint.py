@@ -1,5 +1,6 @@
 """Fingerprints: equal for what reads a text into the same state or ids, different for all else."""
 
+import copy
 import dataclasses
 import hashlib
 
@@ -266,6 +267,18 @@ def test_an_adapted_model_is_another_for_each_of_its_settings():
 def test_an_adapted_head_is_a_head():
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"])
     assert model_fingerprint(get_peft_model(tiny_model(), lora)) == model_fingerprint(tiny_model())
+
+
+def test_a_buffer_that_is_not_saved_counts():
+    """Such as the random projections that some adapters make from a seed."""
+    model, others = tiny_model(), []
+    for seed in (0, 1, 1):
+        other = copy.deepcopy(model)
+        projection = torch.randn(4, 4, generator=torch.Generator().manual_seed(seed))
+        other.model.layers[0].mixer.register_buffer("projection", projection, persistent=False)
+        others.append(model_fingerprint(other))
+    assert len({model_fingerprint(model), *others}) == 3
+    assert others[1] == others[2]
 
 
 @pytest.mark.filterwarnings("ignore")  # of the quantisers

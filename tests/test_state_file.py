@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from test_fingerprint import of_peft
 from test_generation import greedy, letters_tokenizer
 from transformers import AutoModelForCausalLM
 
-from modeling_xlstm import LayerState, XLSTMCache, state_file
+from modeling_xlstm import LayerState, XLSTMCache, cache_xlstm, state_file
 
 
 ROOT = Path(__file__).parents[1]
@@ -338,6 +339,58 @@ def test_a_file_that_is_damaged_or_hostile_is_refused_in_a_sentence(damage, save
     with pytest.raises(ValueError, match=sentence) as refusal:
         XLSTMCache.load(path, model)
     assert str(refusal.value).count("\n") == 0 and len(str(refusal.value)) < 400
+
+
+def test_what_was_loaded_stays_whatever_becomes_of_the_file(saved):
+    model, cache, path = saved
+    loaded = XLSTMCache.load(path, model)
+    with path.open("r+b") as file:
+        file.seek(-1000, os.SEEK_END)
+        file.write(bytes(1000))
+        file.truncate(100)
+    assert_same_states(loaded, cache, bound=0)
+
+
+def test_what_was_checked_is_what_is_loaded(saved, monkeypatch):
+    model, cache, path = saved
+    other = path.with_name("other")
+    cache_after(model, random_ids(1, 4)).save(other, model)
+    fingerprint = cache_xlstm.model_fingerprint
+
+    def replaced_meanwhile(*args):
+        os.replace(other, path)
+        return fingerprint(*args)
+
+    monkeypatch.setattr(cache_xlstm, "model_fingerprint", replaced_meanwhile)
+    assert_same_states(XLSTMCache.load(path, model), cache, bound=0)
+
+
+def test_a_link_stays_one_and_permissions_are_kept(saved):
+    model, cache, path = saved
+    link, new, umask = path.with_name("link"), path.with_name("x" * 255), os.umask(0o022)
+    try:
+        link.symlink_to(path)
+        path.chmod(0o640)
+        cache_after(model, random_ids(2, 20)).save(link, model)
+        cache.save(new, model)
+    finally:
+        os.umask(umask)
+    assert link.is_symlink()
+    assert [stat.S_IMODE(file.stat().st_mode) for file in (path, new)] == [0o640, 0o644]
+    for file in (link, new):
+        assert_same_states(XLSTMCache.load(file, model), cache, bound=0)
+
+
+@pytest.mark.parametrize("where", ["state.safetensors/below", "no/folder", "y" * 300, "", "pipe"])
+def test_what_cannot_be_a_file_is_refused_in_a_sentence_and_left(saved, where):
+    model, cache, path = saved
+    os.mkfifo(path.with_name("pipe"))
+    before = sorted(path.parent.iterdir())
+    with pytest.raises(OSError, match="cannot be written") as refusal:
+        cache.save(path.parent / where, model)
+    assert "xlstm-state" not in str(refusal.value)
+    assert sorted(path.parent.iterdir()) == before
+    assert path.with_name("pipe").is_fifo()
 
 
 def test_a_file_that_is_missing_is_said_to_be(saved):
