@@ -28,7 +28,8 @@ from transformers.utils.import_utils import is_serve_available
 
 from .backends import BACKENDS
 from .configuration_xlstm import XLSTMConfig
-from .modeling_xlstm import NO_CONTINUOUS_BATCHING, XLSTMForCausalLM, count_parameters
+from .generation_xlstm import NO_CONTINUOUS_BATCHING
+from .modeling_xlstm import XLSTMForCausalLM, count_parameters
 
 
 EXAMPLES = """examples:
@@ -140,6 +141,8 @@ def generate(args: argparse.Namespace) -> None:
         raise CommandError(f"The prompt must give token ids below {config.vocab_size}, got {got}.")
     try:
         device = torch.device(args.device)
+        if device.type == "meta":
+            raise ValueError("The device must be one that computes, got meta.")
         dtype = args.dtype
         if (dtype, device.type) == ("auto", "cpu") and not is_quantized(config):
             dtype = "float32"
@@ -269,7 +272,7 @@ def build_parser() -> argparse.ArgumentParser:
     server.set_defaults(run=serve)
     server.add_argument("options", nargs=argparse.REMAINDER)
 
-    positive = number(float, "a positive number", lambda x: 0 < x < math.inf)
+    positive = number(float, "from 1e-6 to 1e6", lambda x: 1e-6 <= x <= 1e6)
     share = number(float, "above 0 and at most 1", lambda x: 0 < x <= 1)
     count = number(int, "a positive integer", lambda x: x > 0)
     rank = number(int, "an integer of at least 0", lambda x: x >= 0)

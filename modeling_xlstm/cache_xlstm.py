@@ -9,6 +9,7 @@ import os
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,13 +21,14 @@ from .configuration_xlstm import XLSTMConfig
 from .fingerprint import find_stack, model_fingerprint, state_fields, tokenizer_fingerprint
 from .mlstm_torch import MLSTMState
 from .slstm_torch import SLSTMState
-from .state_file import read_metadata, read_tensors, write_state
+from .state_file import read_state, write_state
 
 
 class LayerState(NamedTuple):
     """State of one mixer: its cell, and the last inputs `[B, kernel - 1, channels]` of its convolution, if any.
 
-    `in_place` says that a layer may overwrite these tensors, as those of a cache, rather than return others.
+    `in_place` says that a layer may overwrite these tensors, as those that a cache gives to it, rather than return
+    others.
     """
 
     cell: MLSTMState | SLSTMState
@@ -77,8 +79,9 @@ def is_readable(x: Tensor) -> bool:
 
 
 def is_writable(x: Tensor) -> bool:
-    """Whether outside autograd x may be overwritten: unlike what has a gradient, or is left from an inference mode."""
-    return not x.requires_grad and is_readable(x)
+    """Whether outside autograd x may be overwritten: unlike what has a gradient, is left from an inference mode, or may
+    have several numbers at one address."""
+    return not x.requires_grad and is_readable(x) and x.is_contiguous()
 
 
 def _keep_address(x: Tensor) -> None:
@@ -121,7 +124,11 @@ class XLSTMCacheLayer:
 
     @state.setter
     def state(self, state: LayerState | None) -> None:
-        self._state = state if state is None else state._replace(in_place=not state.cell[0].requires_grad)
+        self._state = self.given = state
+        if state is not None:
+            self._state = state._replace(in_place=False)
+            in_place = all(not x.requires_grad and x.is_contiguous() for x in state.tensors().values())
+            self.given = state._replace(in_place=in_place)  # to the layer, by `XLSTMCache.get_state`
         self.fits: tuple | None = None  # what `XLSTMCache.check` has compared this state with
         self.is_empty = state is None  # of tokens: after a reset a state of zeros is kept for its address
 
@@ -139,15 +146,17 @@ class XLSTMCacheLayer:
         return -1
 
     def update(self, state: LayerState) -> None:
-        """Stores `state`: in place where nothing can differentiate through it and the shapes agree."""
+        """Stores `state`: in place where nothing can differentiate through it and the shapes agree. What is stored
+        otherwise is the cache's from then on, to overwrite."""
         self.is_empty = False
         old = self.state
         if old is not None and not torch.is_grad_enabled():
             if state.cell[0] is old.cell[0] and state.conv is old.conv:  # which the layer has overwritten
                 return
-            before, after = list(old.tensors().values()), list(state.tensors().values())
-            if all(a.shape == b.shape and is_writable(a) for a, b in zip(before, after, strict=True)):
-                torch._foreach_copy_(before, after)
+            tensors = zip(old.tensors().values(), state.tensors().values(), strict=True)
+            pairs = [(x, new) for x, new in tensors if x is not new]
+            if all(x.shape == new.shape and is_writable(x) for x, new in pairs):
+                torch._foreach_copy_([x for x, _ in pairs], [new for _, new in pairs])
                 return
         self.state = state
         for tensor in state.tensors().values():
@@ -177,6 +186,9 @@ class XLSTMCacheLayer:
     def activate_past_recording(self) -> None:
         self.record_past = True
 
+    def deactivate_past_recording(self) -> None:
+        self.record_past = False
+
 
 class XLSTMCache(Cache):
     """The recurrent state of an xLSTM, passed to models and `generate` as `past_key_values`.
@@ -187,8 +199,9 @@ class XLSTMCache(Cache):
     The state of layer i is `cache.layers[i].state`, a `LayerState` of float32 tensors, `None` before the first token.
 
     What was read can be kept, with `save` and `load`; continued in several ways, with `fork`; taken back, with `crop`.
-    From `activate_past_recording()` on, each forward pass leaves what it takes to undo it; `crop`, `reset` and all that
-    changes rows forget what was recorded until then, and what `fork` and `load` return has nothing recorded yet.
+    From `activate_past_recording()` on, until `deactivate_past_recording()`, each forward pass leaves what it takes to
+    undo it; `crop`, `reset` and all that changes rows forget what was recorded until then, and what `fork`, `load` and
+    `copy.deepcopy` return has nothing recorded yet.
     """
 
     layers: list[XLSTMCacheLayer]  # type: ignore[assignment]
@@ -206,20 +219,23 @@ class XLSTMCache(Cache):
         graphs = TURNS.get(self, lambda: None)()
         return nullcontext() if graphs is None else graphs.turn(self.seen_tokens.device)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold: not what was recorded, which knows the model."""
+        return {**self.__dict__, "records": []}
+
     def get_state(self, layer_idx: int, batch_size: int) -> LayerState | None:
-        """The state that a layer starts from. That of an empty text is of any batch size."""
+        """The state that a layer starts from, and may overwrite. That of an empty text is of any batch size."""
         layer = self.layers[layer_idx]
         state = layer.state
         if state is None or (layer.is_empty and layer.batch_size != batch_size):
             return None
         if not is_readable(state.cell[0]):
             layer.state = state.map(torch.clone)
-        return layer.state
+        return layer.given
 
     def update(self, state: LayerState, layer_idx: int) -> None:  # type: ignore[override]
-        """Stores the state of a layer after a forward pass, which updates all layers in turn."""
+        """Stores the state of a layer after a forward pass."""
         self.layers[layer_idx].update(state)
-        self.is_broken = layer_idx + 1 < len(self.layers)
 
     def numbers(self, batch_size: int) -> int:
         """How many numbers the states of so many rows take, where each tensor starts at a line of memory."""
@@ -283,6 +299,12 @@ class XLSTMCache(Cache):
             super().batch_select_indices(indices)
         self.records = []
 
+    def deactivate_past_recording(self) -> None:
+        """Ends what `activate_past_recording()` began, and forgets what was recorded."""
+        for layer in self.layers:
+            layer.deactivate_past_recording()
+        self.records = []
+
     def record(self, tokens: int, undo: Callable[["XLSTMCache", int], None]) -> None:
         """Remembers a forward pass of `tokens` tokens, of which `undo(cache, kept)` takes back all but `kept`."""
         self.records.append(Record(tokens, undo))
@@ -300,6 +322,7 @@ class XLSTMCache(Cache):
                 f"crop takes minus the number of tokens to remove, of which {recorded} are recorded "
                 f"(activate_past_recording() starts recording), got {tokens_to_remove}."
             )
+        self.is_broken = True  # until all is taken back
         while remove:
             record = self.records.pop()
             kept = max(0, record.tokens - remove)
@@ -308,6 +331,7 @@ class XLSTMCache(Cache):
                 record.undo(self, kept)
         self.records = []
         self.advance(tokens_to_remove, self.seen_tokens.device)
+        self.is_broken = False
 
     @property
     def is_recording(self) -> bool:
@@ -461,15 +485,14 @@ class XLSTMCache(Cache):
             TypeError, ValueError: `model` has no fingerprint: see `model_fingerprint`.
         """
         stack = find_stack(model)
-        metadata = read_metadata(path)
-        _check_origin(path, metadata, model, _name(stack.dtype), tokenizer)
         shapes = state_shapes(stack.config)
         named = {
             f"layers.{i}.{name}": shape
             for i, kind in enumerate(stack.config.block_types)
             for name, shape in shapes[kind].items()
         }
-        tensors = read_tensors(path, named, state_dtype(stack.dtype))
+        fits = partial(_check_origin, path, model, _name(stack.dtype), tokenizer)
+        metadata, tensors = read_state(path, fits, named, state_dtype(stack.dtype))
         cache = cls(stack.config)
         for i, (layer, block) in enumerate(zip(cache.layers, stack.layers, strict=True)):
             device = next(block.parameters()).device
@@ -488,7 +511,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _check_origin(
-    path: str | os.PathLike, metadata: dict[str, str], model: nn.Module, dtype: str, tokenizer: Any
+    path: str | os.PathLike, model: nn.Module, dtype: str, tokenizer: Any, metadata: dict[str, str]
 ) -> None:
     """Raises ValueError unless the state with this metadata is of `model`, whose dtype is `dtype`, and `tokenizer`."""
     saved_dtype, saved_tokenizer = metadata.get("dtype", "none"), metadata.get("tokenizer")

@@ -82,8 +82,8 @@ def initial_states(model: XLSTMForCausalLM, batch_size: int) -> dict[str, Tensor
     Raises TypeError if model is no XLSTMForCausalLM, ValueError for a batch size below 1.
     """
     _check_model(model)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
     dtype, shapes, states = state_dtype(model.dtype), state_shapes(model.config), {}
     for i in range(model.config.num_hidden_layers):
         for name, shape in shapes[model.config.block_types[i]].items():

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from .cache_xlstm import TURNS, XLSTMCache
 from .checks import state_dtype
+from .fingerprint import state_fields
 from .layers_xlstm import FEW_STEPS
 from .linear import is_hooked
 
@@ -162,6 +164,7 @@ class StepGraphs:
             if step.mask is not None:
                 step.mask[:, T:] = False
                 step.mask[:, :T] = True if mask is None else mask
+            cache.is_broken = True  # until it has counted what it reads
             step.graph.replay()
             logits = step.logits[:, :T].clone()
             for layer in cache.layers:
@@ -170,6 +173,7 @@ class StepGraphs:
             if before is not None:
                 inputs = None if T == 1 else [x.clone() for x in step.inputs]
                 cache.record(T, partial(self._undo, before, was_empty, inputs, mask))
+            cache.is_broken = False
         return logits
 
     def _step(self, B: int, T: int, masked: bool) -> Step:
@@ -243,8 +247,9 @@ class StepGraphs:
             step, blocks, home = self._step(B, T, True), self.model().model.layers, self.home
 
             def run():
-                for block, x, layer in zip(blocks, step.inputs, home.layers, strict=True):
-                    layer.update(block.mixer(block.mixer_norm(x), layer.state, mask=step.mask)[1])
+                for i, (block, x) in enumerate(zip(blocks, step.inputs, strict=True)):
+                    state = home.get_state(i, B)
+                    home.update(block.mixer(block.mixer_norm(x), state, mask=step.mask)[1], i)
 
             self.redos[B, T], _ = self._record(run)
         return self.redos[B, T]
@@ -321,13 +326,15 @@ def _bucket(T: int) -> int:
     return -(-T // (power // 8)) * (power // 8) if power > 512 else power
 
 
-def _survey(model: nn.Module) -> tuple[tuple[list, list], bool]:
+def _survey(model: Any) -> tuple[tuple, bool]:
     """What graphs of a model depend on, as far as that can change; and whether all modules are of PyTorch or of this
     package, and weights plain: what others do may change from call to call, with weights that are who knows where."""
     roots = ("torch.nn.", __name__.rpartition(".")[0] + ".")
     modules = list(model.modules())
     tensors = [x for m in modules for x in (*m._parameters.values(), *m._buffers.values()) if x is not None]
-    key = [x.data_ptr() for x in tensors], [m.__dict__.get("backend") for m in modules]
+    config = model.config
+    fields = state_fields(config), config.output_logit_soft_cap
+    key = [x.data_ptr() for x in tensors], [(m.__dict__.get("backend"), m.__dict__.get("eps")) for m in modules], fields
     is_known = all(f"{type(m).__module__}.".startswith(roots) for m in modules)
     is_known = is_known and all(type(x) in (nn.Parameter, Tensor) for x in tensors)
     return key, is_known
@@ -368,6 +375,7 @@ def graphs_of(model: nn.Module) -> StepGraphs:
         return _GRAPHS[model]
 
 
-if hasattr(transformers.generation.utils, "DeferredStopCheck"):  # of version 5.17 and later
-    _stops_late_elsewhere = transformers.generation.utils.DeferredStopCheck.is_supported
-    transformers.generation.utils.DeferredStopCheck.is_supported = staticmethod(_stops_late)  # type: ignore[method-assign]
+_check: Any = getattr(transformers.generation.utils, "DeferredStopCheck", None)  # of version 5.17 and later
+if _check is not None and list(signature(_check.is_supported).parameters) == list(signature(_stops_late).parameters):
+    _stops_late_elsewhere = _check.is_supported
+    _check.is_supported = staticmethod(_stops_late)

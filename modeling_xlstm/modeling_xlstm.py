@@ -8,18 +8,13 @@ Papers: https://arxiv.org/abs/2405.04517 (xLSTM[a:b]) and https://arxiv.org/abs/
 
 import json
 import os
-from collections.abc import Mapping
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
-from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_layers import GenericForTokenClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -32,14 +27,16 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .backends import HAS_TRITON, READS_ON_IN_PIECES, resolve
+from .backends import HAS_TRITON, resolve
 from .cache_xlstm import LayerState, XLSTMCache
 from .checkpoint_xlstm import from_native
-from .checks import check_float, check_sequence, is_finite, state_dtype
+from .checks import is_finite
 from .configuration_formats import fields_to
 from .configuration_xlstm import XLSTMConfig
 from .fused import causal_lm_loss
-from .graphs_xlstm import ACTIVE, graphs_of, quiet
+from .generation_xlstm import XLSTMGenerationMixin
+from .graphs_xlstm import ACTIVE
+from .inputs_xlstm import check_cache, check_checkpointing, check_embeds, check_ids, packed_bounds, padding_mask
 from .layers_xlstm import (
     BlockDiagonalLinear,
     CausalConv1d,
@@ -55,7 +52,6 @@ from .layers_xlstm import (
     small_std,
 )
 from .linear import linear
-from .linear_packed import pack, packing
 
 
 if HAS_TRITON:
@@ -276,9 +272,9 @@ class XLSTMModel(XLSTMPreTrainedModel):
             got = "neither" if input_ids is None else "both"
             raise ValueError(f"Exactly one of input_ids and inputs_embeds must be given, got {got}.")
         if input_ids is not None:
-            _check_ids(input_ids, self.config.vocab_size)
+            check_ids(input_ids, self.config.vocab_size)
         else:
-            _check_embeds(inputs_embeds, weight)
+            check_embeds(inputs_embeds, weight)
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
             raise ValueError(f"logits_to_keep must be an integer of at least 0 for a stack, got {logits_to_keep!r}.")
         given = inputs_embeds if input_ids is None else input_ids
@@ -287,10 +283,10 @@ class XLSTMModel(XLSTMPreTrainedModel):
         if cache is None and use_cache and not self.training:
             cache = XLSTMCache(self.config)
         if cache is not None:
-            _check_cache(cache, self, B, weight.dtype, given.device)
-            _check_checkpointing(self)
-        mask = _padding_mask(attention_mask, B, T, cache)
-        cu_seqlens = _packed_bounds(kwargs, B, T, given.device, mask)
+            check_cache(cache, self, B, weight.dtype, given.device)
+            check_checkpointing(self)
+        mask = padding_mask(attention_mask, B, T, cache)
+        cu_seqlens = packed_bounds(kwargs, B, T, given.device, mask)
         if cu_seqlens is not None and cache is not None:
             if past_key_values is not None:
                 raise ValueError(
@@ -331,6 +327,8 @@ class XLSTMModel(XLSTMPreTrainedModel):
             inputs: A list for what is given to each block.
         """
         B, T, _ = x.shape
+        if cache is not None:
+            cache.is_broken = True  # until all layers have read, whatever stops them
         recording = cache is not None and cache.is_recording
         passes: list[tuple] = []  # of each layer what it takes to redo it
         for i, block in enumerate(self.layers):
@@ -348,6 +346,7 @@ class XLSTMModel(XLSTMPreTrainedModel):
             cache.advance(T, x.device)
             if recording:
                 cache.record(T, partial(_undo, passes, mask))
+            cache.is_broken = False
         return x
 
 
@@ -378,101 +377,6 @@ def _check_quantized(model: XLSTMPreTrainedModel) -> None:
             raise ValueError(f"group_size must divide the columns of {name}, of shape {shape}, got {group_size}.")
 
 
-def _check_ids(input_ids: Tensor, vocab_size: int) -> None:
-    if not isinstance(input_ids, Tensor):
-        raise TypeError(f"input_ids must be a tensor [B, T], got {type(input_ids).__name__}.")
-    if input_ids.dim() != 2 or 0 in input_ids.shape:
-        raise ValueError(f"input_ids must have shape [B, T] with at least one token, got {tuple(input_ids.shape)}.")
-    if input_ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"input_ids must be int64 or int32, got {input_ids.dtype}.")
-    # On an accelerator the embedding itself stops at a wrong id; a check here would wait for it at every step.
-    if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = input_ids.min().item(), input_ids.max().item()
-        if low < 0 or high >= vocab_size:
-            raise IndexError(f"input_ids must be from 0 to {vocab_size - 1}, got values from {low} to {high}.")
-
-
-def _check_embeds(inputs_embeds: Tensor, weight: Tensor) -> None:
-    check_float("inputs_embeds", inputs_embeds, "B T D")
-    if inputs_embeds.shape[-1] != weight.shape[-1]:
-        raise ValueError(f"inputs_embeds must have shape [B, T, {weight.shape[-1]}], got {tuple(inputs_embeds.shape)}.")
-    if inputs_embeds.dtype != weight.dtype and not torch.is_autocast_enabled(inputs_embeds.device.type):
-        raise TypeError(f"inputs_embeds must be {weight.dtype} like the weights, got {inputs_embeds.dtype}.")
-
-
-def _check_cache(
-    cache: Cache, model: XLSTMModel, batch_size: int | None, dtype: torch.dtype, device: torch.device
-) -> None:  # fmt: skip
-    if not isinstance(cache, XLSTMCache):
-        raise TypeError(f"past_key_values must be an XLSTMCache, got {type(cache).__name__}.")
-    # the layers of a model that is spread over devices have their states where they are
-    where = None if hasattr(model.layers[0], "_hf_hook") else device
-    cache.check(model.config, batch_size, state_dtype(dtype), where)
-
-
-def _check_checkpointing(model: XLSTMModel) -> None:
-    if not (model.training and model.gradient_checkpointing):
-        return
-    if getattr(model._gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
-        raise ValueError(
-            "Gradient checkpointing must have use_reentrant=False to train through past_key_values, got "
-            "use_reentrant=True, which drops the gradient of the states."
-        )
-
-
-def _padding_mask(attention_mask: Tensor | None, B: int, T: int, cache: XLSTMCache | None) -> Tensor | None:
-    """The last T columns as bool, or None without padding."""
-    if attention_mask is None:
-        return None
-    compiling = torch.compiler.is_compiling()
-    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or attention_mask.shape[0] != B:
-        got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
-        raise ValueError(f"attention_mask must have shape [{B}, {T}] or [{B}, past + {T}], got {got}.")
-    length = attention_mask.shape[1]
-    if length != T and not compiling:
-        past = 0 if cache is None else cache.get_seq_length()
-        if length != past + T:
-            raise ValueError(f"attention_mask must be {T} or {past} + {T} long (past and new tokens), got {length}.")
-    mask = attention_mask[:, -T:] != 0
-    if attention_mask.dtype != torch.bool and mask.device.type == "cpu" and not compiling:
-        values = attention_mask[:, -T:][mask]
-        if (values != 1).any():
-            raise ValueError(f"attention_mask must hold 0 (padding) and 1, got {values[values != 1][0].item()}.")
-    if not compiling and mask.device.type == "cpu" and mask.all():
-        return None
-    return mask
-
-
-def _packed_bounds(
-    kwargs: Mapping[str, Any], B: int, T: int, device: torch.device, mask: Tensor | None
-) -> Tensor | None:  # fmt: skip
-    """Boundaries of packed sequences, as collators give them."""
-    bounds, positions = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
-    if bounds is None and positions is not None and T > 1:
-        bounds = _restarts(positions, B, T, mask)
-    check_sequence(B, T, device, mask, bounds)
-    return None if bounds is None else bounds.to(torch.int32)
-
-
-def _restarts(positions: Tensor, B: int, T: int, mask: Tensor | None) -> Tensor | None:
-    """Boundaries of sequences whose positions restart at 0 between real tokens, None if there is only one."""
-    if torch.compiler.is_compiling():
-        raise NotImplementedError(
-            "torch.compile cannot look for packed sequences in position_ids; give their boundaries as cu_seq_lens_q."
-        )
-    if positions.dim() != 2 or positions.shape[0] not in (1, B) or positions.shape[1] != T:
-        raise ValueError(f"position_ids must have shape [{B}, {T}] or [1, {T}], got {tuple(positions.shape)}.")
-    restart = positions[:, 1:] == 0
-    if mask is not None:
-        restart = restart & mask[:, 1:] & mask[:, :-1]
-    restarts = restart.nonzero()[:, 1] + 1
-    if not len(restarts):
-        return None
-    if B > 1:
-        raise ValueError(f"Packed sequences need a batch of 1, got position_ids that restart in a batch of {B}.")
-    return torch.cat((restarts.new_tensor([0]), restarts, restarts.new_tensor([T])))
-
-
 def _undo(passes: list[tuple], mask: Tensor | None, cache: XLSTMCache, kept: int) -> None:
     """Takes back a forward pass but for its first tokens, which the mixers read again."""
     mask = None if mask is None else mask[:, :kept]
@@ -485,15 +389,7 @@ def _undo(passes: list[tuple], mask: Tensor | None, cache: XLSTMCache, kept: int
             layer.reset()
 
 
-NO_CONTINUOUS_BATCHING = (
-    "Continuous batching pages the keys and values of attention, of which an xLSTM has none; generate takes a batch."
-)
-
-
-DECODING = ("past_key_values", "use_cache", "output_hidden_states")  # what a step of `generate` is told besides a token
-
-
-class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
+class XLSTMForCausalLM(XLSTMPreTrainedModel, XLSTMGenerationMixin):
     """Language model: the stack and a projection to (optionally soft-capped) logits."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -537,8 +433,8 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
             others = (labels, inputs_embeds, *(kwargs.get(name) for name in ("cu_seq_lens_q", "position_ids")))
             wanted = all(x is None for x in others) and not kwargs.get("output_hidden_states")
             if wanted and graphs.fits(input_ids, cache, logits_to_keep):
-                _check_ids(input_ids, self.config.vocab_size)
-                mask = _padding_mask(attention_mask, len(input_ids), input_ids.shape[1], cache)
+                check_ids(input_ids, self.config.vocab_size)
+                mask = padding_mask(attention_mask, len(input_ids), input_ids.shape[1], cache)
                 logits = graphs(input_ids, mask, cache)[:, -logits_to_keep:]
                 return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
             graphs.vacate()
@@ -573,137 +469,6 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, GenerationMixin):
     def logits(self, x: Tensor) -> Tensor:
         """Logits `[..., vocab_size]` of what the stack gives `[..., D]`."""
         return linear(self.lm_head, x, cap=self.config.output_logit_soft_cap, backend=self.config.backend)
-
-    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
-        assistant = generation_mode_kwargs.get("assistant_model")
-        if assistant is not None and not {"tokenizer", "assistant_tokenizer"} <= generation_mode_kwargs.keys():
-            ours, theirs = (model.config.get_text_config().vocab_size for model in (self, assistant))
-            if ours != theirs:
-                raise ValueError(
-                    f"assistant_model must have the vocabulary of the model, {ours} tokens, got one of {theirs}; to "
-                    "translate between two vocabularies, give tokenizer and assistant_tokenizer too."
-                )
-        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)  # type: ignore[misc]
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, max_length):
-        if generation_config.cache_implementation not in (None, "dynamic", "static"):
-            raise ValueError(
-                "The state of an xLSTM has a constant size: cache_implementation must be None, 'dynamic' or 'static' "
-                f"(all the same), got {generation_config.cache_implementation!r}."
-            )
-        if (alias := model_kwargs.pop("cache_params", None)) is not None:
-            model_kwargs.setdefault("past_key_values", alias)
-        mask, embeds = model_kwargs.get("attention_mask"), model_kwargs.get("inputs_embeds")
-        in_pieces = generation_config.prefill_chunk_size is not None
-        rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        if in_pieces and mask is not None and (mask[:, -1] == 0).any():
-            raise ValueError("prefill_chunk_size needs padding on the left, got an attention_mask that ends with 0.")
-        if (cache := model_kwargs.get("past_key_values")) is not None:
-            _check_cache(cache, self.model, None, self.dtype, self.device)
-            seen = cache.get_seq_length()
-            if in_pieces and seen and not READS_ON_IN_PIECES:
-                raise NotImplementedError(
-                    "prefill_chunk_size with a past_key_values that has seen tokens needs Transformers 5.21 or later, "
-                    f"got {transformers.__version__}."
-                )
-            if embeds is not None and (
-                embeds.shape[1] <= seen or (mask is not None and embeds.shape[1] != mask.shape[1])
-            ):
-                raise ValueError(
-                    f"inputs_embeds must hold the whole conversation, with the {seen} tokens that past_key_values "
-                    f"has seen, got {embeds.shape[1]}."
-                )
-            # newer versions of Transformers drop a mask of ones, and note its length
-            length = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
-            if length is not None and length <= seen:
-                raise ValueError(
-                    "To continue, give the ids of the whole conversation, or the new ids with an attention_mask over "
-                    f"all of it; got {seen} tokens in past_key_values and {length} ids and mask columns."
-                )
-            if seen and generation_mode == GenerationMode.ASSISTED_GENERATION:
-                raise ValueError(
-                    "Prompt lookup and assisted generation must start from the first token, got past_key_values that "
-                    f"has seen {seen}: they would read these again."
-                )
-            if seen and cache.batch_size != rows:
-                raise ValueError(
-                    f"past_key_values must have a row for each of {rows} sequences, beams included, got "
-                    f"{cache.batch_size}; batch_repeat_interleave repeats rows."
-                )
-            cache._is_user_defined = True
-        elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = XLSTMCache(self.config)
-            if generation_config.is_assistant:  # whose drafts are taken back where the main model differs
-                model_kwargs["past_key_values"].activate_past_recording()
-
-        compiles = generation_config.compile_config is not None  # by itself
-        as_it_is = "past_key_values" not in model_kwargs or generation_config.disable_compile or compiles
-        pack(not as_it_is)
-        if not as_it_is:
-            self._prepare_graphs(rows)
-
-    def _prepare_graphs(self, rows: int) -> None:
-        """Has the steps of this `generate` replayed, where they can be."""
-        graphs = graphs_of(self)
-        obstacle = graphs.obstacle(self)
-        if obstacle is not None:
-            logger.info(f"The steps of generate are not replayed as CUDA graphs: {obstacle}.")
-            return
-        graphs.prepare(rows)
-        ACTIVE.set(graphs)
-
-    def generate(self, *args: Any, **kwargs: Any):
-        """As in Transformers; on a GPU steps are replayed as CUDA graphs, and on a CPU weights in bfloat16 are copied
-        into the order that they are multiplied in, up to 2 GiB of them, for the time of the call.
-
-        Neither with `disable_compile=True`. With a `compile_config` steps are compiled by `torch.compile` instead, on a
-        CPU too, which needs a C++ compiler.
-        """
-        with quiet(), packing():
-            try:
-                return super().generate(*args, **kwargs)  # type: ignore[misc]
-            finally:
-                if (graphs := ACTIVE.get()) is not None:
-                    graphs.vacate()
-
-    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
-        """Steps are compiled by `torch.compile` only where that is asked for: they are replayed as graphs."""
-        asked = generation_config.compile_config
-        if asked is None:
-            return False
-        asked._compile_all_devices = True  # on a CPU too, where it pays as well
-        return super()._valid_auto_compile_criteria(model_kwargs, generation_config)  # type: ignore[misc]
-
-    def init_continuous_batching(self, *args: Any, **kwargs: Any):
-        """Raises NotImplementedError: there is nothing to page."""
-        raise NotImplementedError(NO_CONTINUOUS_BATCHING)
-
-    @staticmethod
-    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-        """The padding mask as it is: there is no attention to mask."""
-        return attention_mask
-
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """As in Transformers, with padding moved to the left: the next token is read at the last position."""
-        if kwargs.get("next_sequence_length") == 1 and not kwargs.get("is_first_iteration"):
-            # what was generated is no padding, and this is done for every token
-            kept = {name: x for name, x in kwargs.items() if name in DECODING}
-            return {"input_ids": input_ids[:, -1:].contiguous(), "logits_to_keep": 1, **kept}
-        kwargs["inputs_embeds"] = inputs_embeds
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc, arg-type]
-        mask = inputs.get("attention_mask")
-        if mask is None:
-            return inputs
-        name = "input_ids" if inputs.get("inputs_embeds") is None else "inputs_embeds"
-        x = inputs[name]
-        mask = mask[:, -x.shape[1] :]
-        if (mask != 0).all():
-            return {**inputs, "attention_mask": None}
-        order = torch.argsort(mask != 0, dim=1, stable=True)
-        rows = torch.arange(len(x), device=x.device)[:, None]
-        return {**inputs, name: x[rows, order], "attention_mask": mask.gather(1, order)}
 
 
 def _check_label_shape(labels: Tensor, logits: Tensor) -> None:
@@ -771,7 +536,7 @@ class XLSTMForSequenceClassification(XLSTMPreTrainedModel):
         x = outputs.last_hidden_state
         mask = None if attention_mask is None else attention_mask[:, -x.shape[1] :] != 0
         padded = None if mask is None or mask.all() else mask
-        bounds = _packed_bounds(kwargs, x.shape[0], x.shape[1], x.device, padded)
+        bounds = packed_bounds(kwargs, x.shape[0], x.shape[1], x.device, padded)
         if bounds is not None:
             x = x[0, bounds[1:] - 1]
         else:

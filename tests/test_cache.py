@@ -1,6 +1,7 @@
 """The recurrent cache: precision, addresses, batch operations, taking tokens back, forking."""
 
 import copy
+import pickle
 from functools import partial
 
 import pytest
@@ -293,6 +294,108 @@ def test_batch_operations_on_an_empty_cache_do_nothing():
     cache.batch_repeat_interleave(2)
     cache.reset()
     assert states(cache) == {} and cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("stop", [MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("kind", TWO_KINDS)
+def test_a_pass_that_is_stopped_anywhere_leaves_a_cache_that_is_refused(kind, layer, length, stop, monkeypatch):
+    model, ids = tiny_model(kind), random_ids(2, 9)
+    cache = cache_after(model, ids)
+
+    def fail(*_, **__):
+        raise stop
+
+    monkeypatch.setattr(model.model.layers[layer].mixer.head_norm, "forward", fail)
+    with pytest.raises(stop), torch.no_grad():
+        model(ids[:, :length], past_key_values=cache)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="must be of a text read to its end"):
+        model(ids, past_key_values=cache)
+    cache.reset()
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    continues_as(model, cache, cache_after(model, ids), 9)
+
+
+def test_tokens_that_are_taken_back_in_part_leave_a_cache_that_is_refused(monkeypatch):
+    model, ids = tiny_model(), random_ids(2, 9)
+    cache = XLSTMCache(model.config)
+    cache.activate_past_recording()
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+
+    def fail(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model.model.layers[1].mixer.head_norm, "forward", fail)
+    with pytest.raises(KeyboardInterrupt):
+        cache.crop(-4)
+    with pytest.raises(ValueError, match="must be of a text read to its end"):
+        cache.crop(0)
+
+
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_block_leaves_the_state_of_a_cache_as_it_is(kind, length):
+    model = tiny_model(kind)
+    cache, x = cache_after(model, random_ids(2, 9)), torch.randn(2, length, model.config.hidden_size)
+    before = {name: tensor.clone() for name, tensor in states(cache).items()}
+    with torch.no_grad():
+        for layer, block in zip(cache.layers, model.model.layers, strict=True):
+            results = [block(x, layer.state)[0] for _ in range(2)]
+            assert torch.equal(*results)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in states(cache).items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_of_several_rows_at_one_address_are_replaced(kind):
+    model, ids = tiny_model(kind), random_ids(1, 9)
+    cache = cache_after(model, ids)
+    for layer in cache.layers:
+        layer.state = layer.state.map(lambda x: x.expand(3, *x.shape[1:]))
+    continues_as(model, cache, cache_after(model, ids.repeat(3, 1)), 9)
+    continues_as(model, cache, cache_after(model, torch.cat((ids.repeat(3, 1), random_ids(3, 5, seed=9)), 1)), 14)
+
+
+def test_copies_and_pickles_hold_nothing_recorded():
+    model, ids = tiny_model(), random_ids(2, 9)
+    cache = XLSTMCache(model.config)
+    cache.activate_past_recording()
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    for copied in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        assert copied.is_recording and not copied.records
+        with pytest.raises(ValueError, match="of which 0 are recorded"):
+            copied.crop(-1)
+        continues_as(model, copied, cache_after(model, ids), 9)
+    cache.crop(-4)
+    continues_as(model, cache, cache_after(model, ids[:, :5]), 5)
+
+
+def test_recording_can_be_ended():
+    model, ids = tiny_model(), random_ids(2, 9)
+    cache = XLSTMCache(model.config)
+    cache.activate_past_recording()
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        cache.deactivate_past_recording()
+        model(ids, past_key_values=cache)
+    assert not cache.is_recording and not cache.records
+
+
+@pytest.mark.parametrize("recording", [False, True])
+def test_prompt_lookup_and_drafts_leave_a_cache_that_records_only_if_it_did(recording):
+    model, ids = tiny_model(), random_ids(1, 8).repeat(1, 3)
+    for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": tiny_model(hidden_size=16)}):
+        cache = XLSTMCache(model.config)
+        if recording:
+            cache.activate_past_recording()
+        model.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False, **options)
+        assert cache.is_recording == recording
+        returned = model.generate(ids, max_new_tokens=8, return_dict_in_generate=True, **options).past_key_values
+        assert not returned.is_recording and not returned.records
 
 
 @pytest.mark.parametrize("kind", TWO_KINDS)

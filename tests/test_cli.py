@@ -184,8 +184,12 @@ def test_one_new_token_has_no_decoding_speed(run, checkpoint):
         ((), "required: generate | info"),
         (("talk",), "invalid choice: 'talk'"),
         (("generate", "--prompt", "a"), "required: --model"),
-        (("generate", "--model", ".", "--prompt", "a", "--temperature", "-1"), "must be a positive number, got -1"),
-        (("generate", "--model", ".", "--prompt", "a", "--temperature", "nan"), "must be a positive number, got nan"),
+        (("generate", "--model", ".", "--prompt", "a", "--temperature", "-1"), "must be from 1e-6 to 1e6, got -1"),
+        (("generate", "--model", ".", "--prompt", "a", "--temperature", "nan"), "must be from 1e-6 to 1e6, got nan"),
+        (
+            ("generate", "--model", ".", "--prompt", "a", "--temperature", "1e-40"),
+            "must be from 1e-6 to 1e6, got 1e-40",
+        ),
         (("generate", "--model", ".", "--prompt", "a", "--top-p", "1.5"), "must be above 0 and at most 1, got 1.5"),
         (("generate", "--model", ".", "--prompt", "a", "--top-k", "-1"), "must be an integer of at least 0, got -1"),
         (("generate", "--model", ".", "--prompt", "a", "--max-new-tokens", "0"), "must be a positive integer, got 0"),
@@ -257,6 +261,7 @@ def test_a_damaged_checkpoint_is_one_sentence_and_exit_code_1(run, checkpoint, t
         (("--prompt", ""), "at least one character"),
         (("--prompt", os.fsdecode(b"ab\xff")), "must be UTF-8, got byte 0xff at 2"),
         (("--prompt", "a", "--device", "nonsense"), "cannot be loaded on nonsense"),
+        (("--prompt", "a", "--device", "meta"), "must be one that computes, got meta"),
         (("--prompt", "a", "--backend", "triton", "--device", "cpu"), "triton"),
     ],
 )

@@ -81,7 +81,7 @@ INPUTS = {
     ),
     "mask of another length": (
         ValueError,
-        r"attention_mask must be 20 or 0 \+ 20 long \(past and new tokens\), got 19",
+        r"attention_mask must be 20 long, got 19",
         {"input_ids": IDS, "attention_mask": torch.ones(2, 19)},
     ),
     "mask that numbers sequences": (
@@ -342,6 +342,49 @@ def test_generate_refuses_other_caches():
         ValueError, match="cache_implementation must be None, 'dynamic' or 'static' .*, got 'quantized'"
     ):
         model.generate(IDS, cache_implementation="quantized", max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("mask", "sentence"),
+    [
+        (torch.ones(2, 5), r"attention_mask must be 8 long, got 5"),
+        (torch.ones(2, 9), r"attention_mask must be 8 long, got 9"),
+        (torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]), r"attention_mask must be 8 long, got 5"),
+        (torch.ones(3, 8), r"attention_mask must have shape \[2, 8\]"),
+        (torch.ones(16), r"attention_mask must have shape \[2, 8\]"),
+        (torch.ones(2, 1, 8, 8), r"attention_mask must have shape \[2, 8\]"),
+        ([[1] * 8] * 2, r"attention_mask must have shape \[2, 8\] .*, got list"),
+        (2 * torch.ones(2, 8), r"must hold 0 \(padding\) and 1, got 2"),
+        (torch.full((2, 8), torch.nan), r"must hold 0 \(padding\) and 1, got nan"),
+    ],
+)
+def test_generate_refuses_a_mask_that_does_not_fit(mask, sentence):
+    model, ids = tiny_model(), random_ids(2, 8)
+    for given in ({"input_ids": ids}, {"inputs": ids}, {"inputs_embeds": model.model.embed_tokens(ids)}):
+        with pytest.raises(ValueError, match=sentence):
+            model.generate(**given, attention_mask=mask, max_new_tokens=2)
+    with pytest.raises(ValueError, match=sentence):
+        model.generate(ids, attention_mask=mask, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("length", [13, 15, 17, 20])
+def test_generate_goes_on_only_with_a_mask_over_all_or_over_what_is_given(length):
+    model, ids = tiny_model(), random_ids(1, 16)
+    with torch.no_grad():
+        cache = model(ids[:, :12], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=rf"attention_mask must be 16 or 12 \+ 16 long .*, got {length}"):
+        model.generate(ids, attention_mask=torch.ones(1, length), past_key_values=cache, max_new_tokens=2)
+    assert cache.get_seq_length() == 12
+
+
+def test_generate_takes_one_cache_and_uses_it():
+    model, ids = tiny_model(), random_ids(1, 8)
+    with torch.no_grad():
+        cache = model(ids[:, :5], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="Only one of past_key_values and its alias cache_params"):
+        model.generate(ids, past_key_values=cache, cache_params=cache.fork(1), max_new_tokens=2)
+    with pytest.raises(ValueError, match="has seen 5 tokens continues a text only with use_cache=True, got False"):
+        model.generate(ids, past_key_values=cache, use_cache=False, max_new_tokens=2)
 
 
 def test_a_misspelt_argument_of_generate_is_refused():

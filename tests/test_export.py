@@ -251,7 +251,7 @@ def test_what_cannot_be_exported_is_refused_in_a_sentence(tmp_path):
         export_prefill(model, "fast")
     with pytest.raises(ValueError, match="^path must end with .pt2, got 'decode.so'.$"):
         package_decode(model, "decode.so")
-    with pytest.raises(ValueError, match="^batch_size must be at least 1, got 0.$"):
+    with pytest.raises(ValueError, match="^batch_size must be an integer of at least 1, got 0.$"):
         initial_states(model, 0)
 
 

@@ -1,5 +1,6 @@
 """`generate` in all its modes gives what a model without cache gives, in one go or over the turns of a conversation."""
 
+import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CompileConfig, PreTrainedTokenizerFast, TextIteratorStreamer, TextStreamer, pipeline
 from transformers.generation.streamers import BaseStreamer
 
-from modeling_xlstm import XLSTMCache, modeling_xlstm
+from modeling_xlstm import XLSTMCache, generation_xlstm
 from modeling_xlstm.backends import READS_ON_IN_PIECES
 
 
@@ -156,7 +157,9 @@ def test_steps_are_compiled_on_a_cpu_where_that_is_asked_for(kind):
     ids[0, :3], mask[0, :3] = 1, 0
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    text = greedy(model, ids, 6, attention_mask=mask, compile_config=CompileConfig(backend="eager", mode=None))
+    asked = CompileConfig(backend="eager", mode=None)
+    text = greedy(model, ids, 6, attention_mask=mask, compile_config=asked)
+    assert not asked._compile_all_devices
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert torch.equal(text, greedy(model, ids, 6, attention_mask=mask))
 
@@ -431,10 +434,31 @@ def test_a_conversation_with_the_returned_cache_is_the_one_from_scratch(kind, gi
 
 
 def test_reading_on_in_pieces_is_refused_where_transformers_would_start_over(monkeypatch):
-    monkeypatch.setattr(modeling_xlstm, "READS_ON_IN_PIECES", False)
+    monkeypatch.setattr(generation_xlstm, "READS_ON_IN_PIECES", False)
     model, turns = tiny_model(), [random_ids(1, 9), random_ids(1, 6)]
     with pytest.raises(NotImplementedError, match=r"that has seen tokens needs Transformers 5\.21 or later, got"):
         converse(model, turns, prefill_chunk_size=4)
+
+
+@pytest.mark.parametrize("pad", [1, 40], ids=["pad", "a word as pad"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_have_ended_read_no_padding(kind, pad):
+    """Each row continues as its own ids and mask do from scratch, in the batch and by itself."""
+    model, ids, turn = tiny_model(kind), random_ids(3, 8), random_ids(3, 4, seed=1)
+    plain = greedy(model, ids, 12)
+    ends = [plain[0, 10].item(), plain[1, 14].item()]  # which the first two rows write as third and seventh, or before
+    options = {"eos_token_id": ends, "pad_token_id": pad, "return_dict_in_generate": True}
+    output = greedy(model, ids, 12, **options)
+    text, cache = output.sequences, output.past_key_values
+    ended = torch.isin(text[:, 8:], torch.tensor(ends)).cumsum(1) > 0
+    mask = torch.cat((torch.ones_like(ids), ~ended.roll(1, 1) | (torch.arange(text.shape[1] - 8) == 0)), 1).long()
+    assert (mask.sum(1) < text.shape[1]).any()
+    whole, mask = torch.cat((text, turn), 1), torch.cat((mask, torch.ones_like(turn)), 1)
+    expected = greedy(model, whole, 8, attention_mask=mask)
+    row = copy.deepcopy(cache)
+    row.batch_select_indices(torch.tensor([0]))
+    assert torch.equal(greedy(model, whole, 8, attention_mask=mask, past_key_values=cache), expected)
+    assert torch.equal(greedy(model, whole[:1], 8, attention_mask=mask[:1], past_key_values=row), expected[:1])
 
 
 @pytest.mark.parametrize("give", ["full ids", "new ids"])

@@ -230,6 +230,40 @@ def test_other_weights_are_seen():
     assert torch.equal(write(model, ids), eager(model, ids))
 
 
+def test_another_configuration_is_seen():
+    model, ids = model_of(mlstm_block="post_up", output_logit_soft_cap=30.0), ids_of(2, 7)
+    write(model, ids)
+    steps = dict(graphs_of(model).steps)
+    write(model, ids)
+    assert steps == graphs_of(model).steps
+    for change in (
+        lambda: setattr(model.config, "output_logit_soft_cap", 0.1),
+        lambda: setattr(model.config, "gate_soft_cap", 0.5),
+        lambda: setattr(model.model.layers[0].mixer_norm, "eps", 10.0),
+    ):
+        change()
+        actual = write(model, ids, output_logits=True, return_dict_in_generate=True).logits
+        expected = eager(model, ids, output_logits=True, return_dict_in_generate=True).logits
+        for logits, others in zip(actual, expected, strict=True):
+            torch.testing.assert_close(logits, others, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", TWO_KINDS)
+def test_rows_that_have_ended_read_no_padding(kind):
+    model, ids, turn = model_of(kind), ids_of(2, 9), ids_of(2, 4, seed=1)
+    end = eager(model, ids, 12)[0, 12].item()
+    output = write(model, ids, 12, eos_token_id=end, pad_token_id=40, return_dict_in_generate=True)
+    mask = torch.ones_like(output.sequences)
+    for row, text in enumerate(output.sequences[:, 9:].tolist()):
+        if end in text:
+            mask[row, 9 + text.index(end) + 1 :] = 0
+    assert not mask.all()
+    assert (2, 1, True) in captured(model)
+    whole, mask = torch.cat((output.sequences, turn), 1), torch.cat((mask, torch.ones_like(turn)), 1)
+    expected = eager(model, whole, 8, attention_mask=mask)
+    assert torch.equal(write(model, whole, 8, attention_mask=mask, past_key_values=output.past_key_values), expected)
+
+
 def test_a_hook_is_called_at_every_step():
     model, ids, calls = model_of(), ids_of(1, 7), []
     model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))

@@ -1,0 +1,110 @@
+"""What a model may be given: checks, whose messages say what, got and expected, and what padding and packing mean.
+
+Dims: `B` batch `T` time `D` hidden size `N` packed sequences.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from .cache_xlstm import XLSTMCache
+from .checks import check_float, check_sequence, state_dtype
+
+
+def check_ids(input_ids: Tensor, vocab_size: int) -> None:
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(f"input_ids must be a tensor [B, T], got {type(input_ids).__name__}.")
+    if input_ids.dim() != 2 or 0 in input_ids.shape:
+        raise ValueError(f"input_ids must have shape [B, T] with at least one token, got {tuple(input_ids.shape)}.")
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"input_ids must be int64 or int32, got {input_ids.dtype}.")
+    # On an accelerator the embedding itself stops at a wrong id; a check here would wait for it at every step.
+    if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = input_ids.min().item(), input_ids.max().item()
+        if low < 0 or high >= vocab_size:
+            raise IndexError(f"input_ids must be from 0 to {vocab_size - 1}, got values from {low} to {high}.")
+
+
+def check_embeds(inputs_embeds: Tensor, weight: Tensor) -> None:
+    check_float("inputs_embeds", inputs_embeds, "B T D")
+    if inputs_embeds.shape[-1] != weight.shape[-1]:
+        raise ValueError(f"inputs_embeds must have shape [B, T, {weight.shape[-1]}], got {tuple(inputs_embeds.shape)}.")
+    if inputs_embeds.dtype != weight.dtype and not torch.is_autocast_enabled(inputs_embeds.device.type):
+        raise TypeError(f"inputs_embeds must be {weight.dtype} like the weights, got {inputs_embeds.dtype}.")
+
+
+def check_cache(
+    cache: Cache, model: Any, batch_size: int | None, dtype: torch.dtype, device: torch.device
+) -> None:  # fmt: skip
+    if not isinstance(cache, XLSTMCache):
+        raise TypeError(f"past_key_values must be an XLSTMCache, got {type(cache).__name__}.")
+    # the layers of a model that is spread over devices have their states where they are
+    where = None if hasattr(model.layers[0], "_hf_hook") else device
+    cache.check(model.config, batch_size, state_dtype(dtype), where)
+
+
+def check_checkpointing(model: Any) -> None:
+    if not (model.training and model.gradient_checkpointing):
+        return
+    if getattr(model._gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+        raise ValueError(
+            "Gradient checkpointing must have use_reentrant=False to train through past_key_values, got "
+            "use_reentrant=True, which drops the gradient of the states."
+        )
+
+
+def padding_mask(attention_mask: Tensor | None, B: int, T: int, cache: XLSTMCache | None) -> Tensor | None:
+    """The last T columns as bool, or None without padding."""
+    if attention_mask is None:
+        return None
+    compiling = torch.compiler.is_compiling()
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or attention_mask.shape[0] != B:
+        got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        raise ValueError(f"attention_mask must have shape [{B}, {T}] or [{B}, past + {T}], got {got}.")
+    length = attention_mask.shape[1]
+    if length != T and not compiling:
+        past = 0 if cache is None else cache.get_seq_length()
+        if length != past + T:
+            fits = f"{T} or {past} + {T} long (past and new tokens)" if past else f"{T} long"
+            raise ValueError(f"attention_mask must be {fits}, got {length}.")
+    mask = attention_mask[:, -T:] != 0
+    if attention_mask.dtype != torch.bool and mask.device.type == "cpu" and not compiling:
+        values = attention_mask[:, -T:][mask]
+        if (values != 1).any():
+            raise ValueError(f"attention_mask must hold 0 (padding) and 1, got {values[values != 1][0].item()}.")
+    if not compiling and mask.device.type == "cpu" and mask.all():
+        return None
+    return mask
+
+
+def packed_bounds(
+    kwargs: Mapping[str, Any], B: int, T: int, device: torch.device, mask: Tensor | None
+) -> Tensor | None:  # fmt: skip
+    """Boundaries of packed sequences, as collators give them."""
+    bounds, positions = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
+    if bounds is None and positions is not None and T > 1:
+        bounds = _restarts(positions, B, T, mask)
+    check_sequence(B, T, device, mask, bounds)
+    return None if bounds is None else bounds.to(torch.int32)
+
+
+def _restarts(positions: Tensor, B: int, T: int, mask: Tensor | None) -> Tensor | None:
+    """Boundaries of sequences whose positions restart at 0 between real tokens, None if there is only one."""
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "torch.compile cannot look for packed sequences in position_ids; give their boundaries as cu_seq_lens_q."
+        )
+    if positions.dim() != 2 or positions.shape[0] not in (1, B) or positions.shape[1] != T:
+        raise ValueError(f"position_ids must have shape [{B}, {T}] or [1, {T}], got {tuple(positions.shape)}.")
+    restart = positions[:, 1:] == 0
+    if mask is not None:
+        restart = restart & mask[:, 1:] & mask[:, :-1]
+    restarts = restart.nonzero()[:, 1] + 1
+    if not len(restarts):
+        return None
+    if B > 1:
+        raise ValueError(f"Packed sequences need a batch of 1, got position_ids that restart in a batch of {B}.")
+    return torch.cat((restarts.new_tensor([0]), restarts, restarts.new_tensor([T])))
