@@ -217,7 +217,7 @@ class XLSTMCache(Cache):
     def turn(self) -> AbstractContextManager:
         """Inside, nobody else moves the states, where they live in memory that caches share: between two steps."""
         graphs = TURNS.get(self, lambda: None)()
-        return nullcontext() if graphs is None else graphs.turn(self.seen_tokens.device)
+        return nullcontext() if graphs is None else graphs.turn()
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles hold: not what was recorded, which knows the model."""

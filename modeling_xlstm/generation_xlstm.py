@@ -4,7 +4,6 @@ Dims: `B` batch `T` time.
 """
 
 import copy
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -49,10 +48,6 @@ class Endings(StoppingCriteriaList):
         if self.before is None:
             return torch.ones_like(input_ids[:, :1], dtype=torch.bool)
         return ~self.before[:, None]
-
-
-# those of the `generate` of this thread, if it pads rows that have ended
-ENDINGS: ContextVar[Endings | None] = ContextVar("ENDINGS", default=None)
 
 
 class XLSTMGenerationMixin(GenerationMixin):
@@ -154,12 +149,12 @@ class XLSTMGenerationMixin(GenerationMixin):
         Neither with `disable_compile=True`. With a `compile_config` steps are compiled by `torch.compile` instead, on a
         CPU too, which needs a C++ compiler.
         """
-        ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-        given = ids if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values", kwargs.get("cache_params"))
-        if isinstance(given, Tensor) and given.dim() > 1:
-            B, T = given.shape[:2]
-            padding_mask(mask, B, T, cache if isinstance(cache, XLSTMCache) else None)
+        inputs = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
+        given = next((x for x in inputs if isinstance(x, Tensor) and x.dim() > 1), None)
+        caches = (kwargs.get("past_key_values"), kwargs.get("cache_params"))
+        if given is not None:
+            cache = next((x for x in caches if isinstance(x, XLSTMCache)), None)
+            padding_mask(kwargs.get("attention_mask"), given.shape[0], given.shape[1], cache)
         with quiet(), packing():
             try:
                 return super().generate(*args, **kwargs)  # type: ignore[misc]
@@ -170,12 +165,8 @@ class XLSTMGenerationMixin(GenerationMixin):
     def _sample(self, input_ids: Any, logits_processor: Any, stopping_criteria: Any, *args: Any, **kwargs: Any):
         # only then are rows that have ended padded
         if len(input_ids) > 1 and any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria):
-            stopping_criteria = Endings(stopping_criteria)
-        token = ENDINGS.set(stopping_criteria if isinstance(stopping_criteria, Endings) else None)
-        try:
-            return super()._sample(input_ids, logits_processor, stopping_criteria, *args, **kwargs)  # type: ignore[misc]
-        finally:
-            ENDINGS.reset(token)
+            stopping_criteria = kwargs["endings"] = Endings(stopping_criteria)
+        return super()._sample(input_ids, logits_processor, stopping_criteria, *args, **kwargs)  # type: ignore[misc]
 
     def _assisted_decoding(self, *args: Any, **kwargs: Any):
         """As in Transformers, and nothing is recorded in a cache afterwards, unless it was before."""
@@ -206,13 +197,18 @@ class XLSTMGenerationMixin(GenerationMixin):
         return attention_mask
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        *args: Any,
+        inputs_embeds: Tensor | None = None,
+        endings: Endings | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """As in Transformers, with padding moved to the left: the next token is read at the last position."""
         if kwargs.get("next_sequence_length") == 1 and not kwargs.get("is_first_iteration"):
             # what was generated is no padding until a row has ended, and this is done for every token
             kept = {name: x for name, x in kwargs.items() if name in DECODING}
-            if (endings := ENDINGS.get()) is not None:
+            if endings is not None:
                 kept["attention_mask"] = endings.unended(input_ids)
             return {"input_ids": input_ids[:, -1:].contiguous(), "logits_to_keep": 1, **kept}
         kwargs["inputs_embeds"] = inputs_embeds

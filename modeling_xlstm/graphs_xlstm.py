@@ -54,6 +54,7 @@ class StepGraphs:
     def __init__(self, model: Any):
         self.model: Any = weakref.ref(model)
         self.lock = threading.RLock()
+        self.device: Any = None
         self.stream: Any = None  # that of the last turn, and
         self.tenants_stream: Any = None  # of the tenant
         self.key: Any = None
@@ -62,9 +63,9 @@ class StepGraphs:
         self.clear()
 
     @contextmanager
-    def turn(self, device: torch.device) -> Iterator[None]:
+    def turn(self) -> Iterator[None]:
         """Inside, no other thread uses graphs or memory; what other streams did to them is done."""
-        with self.lock, torch.cuda.device(device):
+        with self.lock, torch.cuda.device(self.device):
             stream = torch.cuda.current_stream()
             if self.stream is not None and stream != self.stream:
                 stream.wait_stream(self.stream)
@@ -112,7 +113,9 @@ class StepGraphs:
         """Captures a step of one token each, unless there is one. Graphs of what was another model are dropped."""
         model = self.model()
         key, is_known = _survey(model)
-        with self.turn(model.device):
+        with self.lock:
+            self.device = model.device
+        with self.turn():
             self.is_known = is_known
             if key != self.key or not self.is_known:
                 self.clear()
@@ -124,9 +127,8 @@ class StepGraphs:
 
     def vacate(self) -> None:
         """Lets the cache that lives here move out, so that others than the graphs may use it."""
-        if self.memory is not None:
-            with self.turn(self.memory.device):
-                self._move_out()
+        with self.turn():
+            self._move_out()
 
     def fits(self, ids: Tensor | None, cache: XLSTMCache | None, logits_to_keep: Any) -> bool:
         """Whether a pass is short enough, and begins or continues a text.
@@ -153,7 +155,7 @@ class StepGraphs:
         Of more than `LONGEST` tokens, the logits are those of the last.
         """
         B, T = ids.shape
-        with self.turn(ids.device), torch.inference_mode(False), torch.no_grad():
+        with self.turn(), torch.inference_mode(False), torch.no_grad():
             self._move_in(cache, B)
             step = self._step(B, _bucket(T), mask is not None or _bucket(T) > T or 1 < T <= LONGEST)
             before = self._states(B).clone() if cache.is_recording else None
@@ -225,7 +227,7 @@ class StepGraphs:
     def _undo(
         self, before: Tensor, was_empty: bool, inputs: list | None, mask: Tensor | None, cache: XLSTMCache, kept: int
     ) -> None:  # fmt: skip
-        with self.turn(before.device), torch.inference_mode(False), torch.no_grad():
+        with self.turn(), torch.inference_mode(False), torch.no_grad():
             B = cache.layers[0].batch_size
             self._move_in(cache, B)
             self._states(B).copy_(before)
