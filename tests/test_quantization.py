@@ -1,6 +1,7 @@
 """Weights quantised by bitsandbytes and torchao: which ones are, what is computed, saved, trained and refused."""
 
 import re
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -34,6 +35,13 @@ PROJECTIONS = ("qkvo_proj", "out_proj", "up_proj", "down_proj")
 KINDS_OF_BLOCK = ("post_up", "pre_up", "slstm", "pre_up_slstm")
 WEIGHTS_ONLY = [name for name in FORMS if name != "bitsandbytes 8-bit"]  # which rounds the inputs of products too
 needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(autouse=True)
+def exact_scales(monkeypatch):
+    """Where a CPU multiplies bfloat16, bitsandbytes rounds inputs and, for good, the scales of 4-bit weights to that."""
+    if find_spec("bitsandbytes"):
+        monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False, raising=False)
 
 
 def load(name, folder, device="cpu", changes=None, **options):
