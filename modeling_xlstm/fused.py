@@ -1,8 +1,8 @@
 """Chains of elementwise operations as one function each on a CPU: soft cap, RMS norm, and a language model's loss.
 
 Each walks over its input a block at a time, which stays in the cache, and keeps nothing of its size that is there
-anyway: logits are the largest tensors of a model. A compiler does that by itself, and PyTorch's kernels for a GPU do;
-both are given the plain formula.
+anyway: logits are the largest tensors of a model. On a GPU that is done in Triton, or else by PyTorch's kernels or a
+compiler, which are given the plain formula.
 """
 
 from collections.abc import Iterator
@@ -12,8 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .backends import HAS_TRITON, resolve
 from .checks import state_dtype
 
+
+if HAS_TRITON:
+    from .logits_triton import cross_entropy as cross_entropy_triton
+    from .logits_triton import soft_cap as soft_cap_triton
 
 # Numbers handled at once: four megabytes in float32, less than the cache.
 BLOCK = 1 << 20
@@ -59,10 +64,12 @@ class _SoftCap(torch.autograd.Function):
         return dx, None
 
 
-def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+def soft_cap(x: Tensor, cap: float | None, backend: str = "torch") -> Tensor:
     """`cap * tanh(x / cap)`, computed in float32 or better; x itself without a cap."""
     if cap is None:
         return x
+    if HAS_TRITON and resolve(backend, x) == "triton":
+        return soft_cap_triton(x, cap)
     dtype = state_dtype(x.dtype)
     if _in_blocks(x) and torch.is_grad_enabled() and x.requires_grad:
         return _SoftCap.apply(x.to(dtype), cap).to(x.dtype)
@@ -153,6 +160,8 @@ def causal_lm_loss(
     num_items_in_batch: Tensor | int | None = None,
     ignore_index: int = -100,
     shift_labels: Tensor | None = None,
+    cap: float | None = None,
+    backend: str = "torch",
     **kwargs,
 ) -> Tensor:
     """Cross-entropy of next tokens, in float32 or better: what Transformers calls `ForCausalLMLoss`.
@@ -162,6 +171,8 @@ def causal_lm_loss(
         labels: Token ids `[B, T]`, shifted here by one; those that are `ignore_index` do not count.
         num_items_in_batch: What the sum is divided by, where a batch is accumulated from parts; otherwise the mean.
         shift_labels: Labels that are already shifted, in place of `labels`.
+        cap: Of a soft cap that the logits are still to go through.
+        backend: `"auto"` or `"triton"` for a kernel on a GPU, which keeps nothing of the size of the logits but them.
 
     Raises:
         TypeError, IndexError: The labels are no integers, or (on a CPU) not of the vocabulary.
@@ -171,10 +182,12 @@ def causal_lm_loss(
     labels = shift_labels.reshape(-1).to(logits.device)
     _check_labels(labels, vocab_size, ignore_index)
     logits = logits.reshape(-1, vocab_size)
-    if _in_blocks(logits):
-        total, _ = _CrossEntropy.apply(logits, labels, ignore_index)
+    if HAS_TRITON and resolve(backend, logits) == "triton":
+        total, _ = cross_entropy_triton(logits, labels, cap, ignore_index)
+    elif _in_blocks(logits):
+        total, _ = _CrossEntropy.apply(soft_cap(logits, cap), labels, ignore_index)
     else:
-        logits = logits.to(state_dtype(logits.dtype))
+        logits = soft_cap(logits, cap).to(state_dtype(logits.dtype))
         total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(total.device)

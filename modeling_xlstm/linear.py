@@ -117,7 +117,7 @@ def linear(
         y = _onednn_product(module, x, weight)
     else:
         y = module(x)
-    return soft_cap(_glu(y, activation, backend) if activation else y, cap)
+    return soft_cap(_glu(y, activation, backend) if activation else y, cap, backend)
 
 
 def is_for_onednn(module: Any, x: Tensor) -> bool:

@@ -33,7 +33,7 @@ from .checkpoint_xlstm import from_native
 from .checks import is_finite
 from .configuration_formats import fields_to
 from .configuration_xlstm import XLSTMConfig
-from .fused import causal_lm_loss
+from .fused import causal_lm_loss, soft_cap
 from .generation_xlstm import XLSTMGenerationMixin
 from .graphs_xlstm import ACTIVE
 from .inputs_xlstm import check_cache, check_checkpointing, check_embeds, check_ids, packed_bounds, padding_mask
@@ -452,13 +452,13 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, XLSTMGenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.logits(outputs.last_hidden_state[:, kept])
+        x = outputs.last_hidden_state[:, kept]
+        if labels is None:
+            logits, loss = self.logits(x), None
+        else:
+            logits, loss = self._logits_and_loss(x, labels, **kwargs)
         if not self.training:
             _check_finite(logits)
-        loss = None
-        if labels is not None:
-            _check_label_shape(labels, logits)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -469,6 +469,18 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, XLSTMGenerationMixin):
     def logits(self, x: Tensor) -> Tensor:
         """Logits `[..., vocab_size]` of what the stack gives `[..., D]`."""
         return linear(self.lm_head, x, cap=self.config.output_logit_soft_cap, backend=self.config.backend)
+
+    def _logits_and_loss(self, x: Tensor, labels: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        config = self.config
+        before = linear(self.lm_head, x, backend=config.backend)
+        logits = soft_cap(before, config.output_logit_soft_cap, config.backend)
+        _check_label_shape(labels, logits)
+        options: dict[str, Any] = {"labels": labels, "vocab_size": config.vocab_size, **kwargs}
+        if self.loss_function is causal_lm_loss and HAS_TRITON and resolve(config.backend, before) == "triton":
+            # a kernel caps them as it reads them, and their gradient goes through one tensor less
+            options |= {"cap": config.output_logit_soft_cap, "backend": config.backend}
+            return logits, causal_lm_loss(before, **options)
+        return logits, self.loss_function(logits=logits, **options)
 
 
 def _check_label_shape(labels: Tensor, logits: Tensor) -> None:

@@ -1,0 +1,202 @@
+"""What follows the projection to logits, in Triton: the soft cap, and the cross-entropy of capped logits.
+
+Each is an op with its gradients. Logits are the largest tensor of a training step: a forward pass reads them once, and
+the loss keeps two numbers a row; a backward pass reads them once, as the projection left them, and writes their
+gradient. All compute in float32 and round once.
+
+Dims: `N` rows (tokens of all sequences) `V` vocabulary `BV` words of a block.
+"""
+
+import torch
+from torch import Tensor
+
+from .triton_language import blocks_of, power_of_2, tl, triton
+
+
+BLOCK = 4096  # words of a row at once
+
+
+# helpers
+
+
+@triton.jit
+def _tanh(x):
+    """tanh of float32 to a few units in the last place, of small x too, where a polynomial in its square is."""
+    shrunk = tl.exp(-2 * tl.abs(x))
+    large = (1 - shrunk) / (1 + shrunk)
+    z = x * x
+    p = -0.00661022783111
+    p = p * z + 0.0213093886644
+    p = p * z - 0.0539094288275
+    p = p * z + 0.13333113729
+    p = p * z - 0.33333332008
+    return tl.where(tl.abs(x) < 0.55, x + x * z * p, tl.where(x < 0, -large, large))
+
+
+# kernels
+
+
+@triton.jit
+def soft_cap_fwd_kernel(x, y, size, cap, BLOCK: tl.constexpr):
+    """y of a block."""
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    b_x = tl.load(x + o, mask=o < size, other=0.0).to(tl.float32)
+    tl.store(y + o, (cap * _tanh(b_x / cap)).to(y.dtype.element_ty), mask=o < size)
+
+
+@triton.jit
+def soft_cap_bwd_kernel(dy, x, dx, size, cap, BLOCK: tl.constexpr):
+    """dx of a block."""
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    t = _tanh(tl.load(x + o, mask=o < size, other=0.0).to(tl.float32) / cap)
+    d = tl.load(dy + o, mask=o < size, other=0.0).to(tl.float32) * (1 - t * t)
+    tl.store(dx + o, d.to(dx.dtype.element_ty), mask=o < size)
+
+
+@triton.jit
+def cross_entropy_fwd_kernel(
+    x, labels, loss, stats, N, V, ignore_index, cap, CAPPED: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """The loss of a row; its largest logit, and the sum of its exponentials over that of the largest. A row that is
+    ignored is not read."""
+    i_n = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels + i_n)
+    most, total, own = -float("inf"), 0.0, 0.0
+    if label != ignore_index:
+        for start in range(0, V, BV):
+            o = start + tl.arange(0, BV)
+            b_x = tl.load(x + i_n * V + o, mask=o < V, other=0.0).to(tl.float32)
+            if CAPPED:
+                b_x = cap * _tanh(b_x / cap)
+            b_x = tl.where(o < V, b_x, -float("inf"))
+            own += tl.sum(tl.where(o == label, b_x, 0.0), 0)
+            before, most = most, tl.maximum(most, tl.max(b_x, 0))
+            total = total * tl.exp(before - most) + tl.sum(tl.exp(b_x - most), 0)
+        tl.store(stats + i_n, most)
+        tl.store(stats + N + i_n, total)
+        tl.store(loss + i_n, most - own + tl.log(total))
+    else:
+        tl.store(stats + i_n, 0.0)
+        tl.store(stats + N + i_n, 1.0)
+        tl.store(loss + i_n, 0.0)
+
+
+@triton.jit
+def cross_entropy_bwd_kernel(
+    x, labels, stats, d_loss, dx, N, V, ignore_index, cap, CAPPED: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a block of a row of logits."""
+    i_n, o = tl.program_id(0).to(tl.int64), tl.program_id(1) * BV + tl.arange(0, BV)
+    label, d, valid = tl.load(labels + i_n), tl.zeros([BV], dtype=tl.float32), o < V
+    if label != ignore_index:
+        y, slope = tl.load(x + i_n * V + o, mask=valid, other=0.0).to(tl.float32), 1.0
+        if CAPPED:
+            t = _tanh(y / cap)
+            y, slope = cap * t, 1 - t * t
+        share = tl.exp(y - tl.load(stats + i_n)) / tl.load(stats + N + i_n)
+        d = (share - tl.where(o == label, 1.0, 0.0)) * slope * tl.load(d_loss)
+    tl.store(dx + i_n * V + o, d.to(dx.dtype.element_ty), mask=valid)
+
+
+# launchers
+
+
+@torch.library.custom_op("modeling_xlstm::soft_cap", mutates_args=())
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """`cap * tanh(x / cap)` of any shape, float16, bfloat16 or float32."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    with torch.cuda.device_of(x):
+        soft_cap_fwd_kernel[(blocks_of(x.numel(), BLOCK),)](x, y, x.numel(), cap, BLOCK=BLOCK, num_warps=8)
+    return y
+
+
+@soft_cap.register_fake
+def _(x, cap):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("modeling_xlstm::soft_cap_backward", mutates_args=())
+def _soft_cap_backward(dy: Tensor, x: Tensor, cap: float) -> Tensor:
+    """The gradient of x."""
+    dy, x = dy.contiguous(), x.contiguous()
+    dx = torch.empty_like(x)
+    with torch.cuda.device_of(x):
+        soft_cap_bwd_kernel[(blocks_of(x.numel(), BLOCK),)](dy, x, dx, x.numel(), cap, BLOCK=BLOCK, num_warps=8)
+    return dx
+
+
+@_soft_cap_backward.register_fake
+def _(dy, x, cap):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _setup_soft_cap(ctx, inputs, output):
+    x, ctx.cap = inputs
+    ctx.save_for_backward(x)
+
+
+soft_cap.register_autograd(
+    lambda ctx, dy: (_soft_cap_backward(dy, *ctx.saved_tensors, ctx.cap), None), setup_context=_setup_soft_cap
+)
+
+
+def _options(V: int, cap: float | None) -> dict:
+    # no fused multiply-adds: both passes must round a capped logit alike
+    return {"CAPPED": cap is not None, "BV": min(BLOCK, power_of_2(V)), "num_warps": 8, "enable_fp_fusion": False}
+
+
+@torch.library.custom_op("modeling_xlstm::cross_entropy", mutates_args=())
+def cross_entropy(
+    x: Tensor, labels: Tensor, cap: float | None = None, ignore_index: int = -100
+) -> tuple[Tensor, Tensor]:
+    """Sum of the cross-entropies of `soft_cap(x, cap)` to the labels, and what the backward pass needs `[2, N]`.
+
+    Args:
+        x: Logits `[N, V]`, float16, bfloat16 or float32.
+        labels: `[N]` int64, from 0 and below V; `ignore_index` for rows that do not count, which may hold anything.
+    """
+    x, labels = x.contiguous(), labels.contiguous()
+    N, V = x.shape
+    loss, stats = x.new_empty(N, dtype=torch.float32), x.new_empty(2, N, dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        cross_entropy_fwd_kernel[(N,)](x, labels, loss, stats, N, V, ignore_index, cap or 0.0, **_options(V, cap))
+    return loss.sum(), stats
+
+
+@cross_entropy.register_fake
+def _(x, labels, cap=None, ignore_index=-100):
+    return x.new_empty((), dtype=torch.float32), x.new_empty(2, x.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("modeling_xlstm::cross_entropy_backward", mutates_args=())
+def _cross_entropy_backward(
+    d_loss: Tensor, x: Tensor, labels: Tensor, stats: Tensor, cap: float | None, ignore_index: int
+) -> Tensor:
+    """The gradient of x."""
+    x, labels = x.contiguous(), labels.contiguous()
+    (N, V), dx, options = x.shape, torch.empty_like(x), _options(x.shape[1], cap)
+    with torch.cuda.device_of(x):
+        cross_entropy_bwd_kernel[(N, blocks_of(V, options["BV"]))](
+            x, labels, stats, d_loss, dx, N, V, ignore_index, cap or 0.0, **options
+        )
+    return dx
+
+
+@_cross_entropy_backward.register_fake
+def _(d_loss, x, labels, stats, cap, ignore_index):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx, inputs, output):
+    x, labels, ctx.cap, ctx.ignore_index = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, labels, output[1])
+
+
+def _backward(ctx, d_loss, _):
+    x, labels, stats = ctx.saved_tensors
+    return _cross_entropy_backward(d_loss, x, labels, stats, ctx.cap, ctx.ignore_index), None, None, None
+
+
+cross_entropy.register_autograd(_backward, setup_context=_setup_context)
