@@ -39,7 +39,7 @@ needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a 
 
 @pytest.fixture(autouse=True)
 def exact_scales(monkeypatch):
-    """Where a CPU multiplies bfloat16, bitsandbytes rounds inputs and, for good, the scales of 4-bit weights to that."""
+    """Where a CPU multiplies bfloat16, bitsandbytes rounds inputs, and 4-bit weights for good, to that."""
     if find_spec("bitsandbytes"):
         monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False, raising=False)
 
