@@ -6,6 +6,7 @@ stacks of the first paper (https://arxiv.org/abs/2405.04517), and `XLSTMConfig.p
 
 import math
 import re
+import sys
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -38,6 +39,8 @@ POSITIVE = (
     "mlstm_proj_factor", "mlstm_qkv_block_size", "ffn_proj_factor", "ffn_round_up_to_multiple_of", "norm_eps",
     "gate_soft_cap", "output_logit_soft_cap", "chunk_size", "context_length",
 )  # fmt: skip
+# What LoRA adapts where nothing else is asked for: all linear layers but the scalar gates, of every kind of block.
+LORA_TARGETS = ["qkvo_proj", "out_proj", "up_proj", "down_proj"]
 NOT_NEGATIVE = ("conv_kernel_size", "slstm_conv_kernel_size", "slstm_ffn_proj_factor", "eps")
 
 
@@ -166,6 +169,13 @@ class XLSTMConfig(PreTrainedConfig):
         if cls._auto_class is None:  # not the code that came with the checkpoint, which is not saved with it either
             fields = {key: value for key, value in fields.items() if key != "auto_map"}
         return super().from_dict(fields, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in Transformers. PEFT calls it before it looks up what it adapts by default in models of this type."""
+        if (peft := sys.modules.get("peft.utils.constants")) is not None:
+            targets = peft.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+            targets.setdefault(self.model_type, list(LORA_TARGETS))
+        return super().to_dict()
 
     @classmethod
     def from_ratio(cls, ratio: str, **kwargs: Any) -> "XLSTMConfig":

@@ -233,17 +233,12 @@ def test_numbers_of_a_configuration_may_be_written_as_integers():
     assert model_fingerprint(model) == expected
 
 
-# PEFT asks Transformers for what it has renamed.
-of_peft = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
-
-
 def adapted(**options):
     torch.manual_seed(0)
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["qkvo_proj", "gate_proj"], **options)
     return get_peft_model(tiny_model(), lora)
 
 
-@of_peft
 def test_an_adapted_model_is_another_for_each_of_its_settings():
     model = adapted()
     assert model_fingerprint(adapted()) == model_fingerprint(model)
@@ -263,7 +258,6 @@ def test_an_adapted_model_is_another_for_each_of_its_settings():
     assert len(set(found)) == len(found)
 
 
-@of_peft
 def test_an_adapted_head_is_a_head():
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"])
     assert model_fingerprint(get_peft_model(tiny_model(), lora)) == model_fingerprint(tiny_model())

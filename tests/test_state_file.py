@@ -15,7 +15,6 @@ from models import KINDS, TWO_KINDS, assert_same_states, random_ids, states, tin
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from test_fingerprint import of_peft
 from test_generation import greedy, letters_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -152,7 +151,6 @@ def test_a_loaded_cache_can_be_forked_and_takes_back_what_it_has_recorded_itself
     assert cache.get_seq_length() == 20
 
 
-@of_peft
 @torch.no_grad()
 def test_the_state_of_an_adapted_model_is_that_of_the_same_adapters_only(tmp_path):
     base, path = tiny_model(), tmp_path / "state"
