@@ -18,6 +18,7 @@ from .checks import state_dtype
 
 if HAS_TRITON:
     from .logits_triton import cross_entropy as cross_entropy_triton
+    from .logits_triton import linear_cross_entropy
     from .logits_triton import soft_cap as soft_cap_triton
 
 # Numbers handled at once: four megabytes in float32, less than the cache.
@@ -177,10 +178,7 @@ def causal_lm_loss(
     Raises:
         TypeError, IndexError: The labels are no integers, or (on a CPU) not of the vocabulary.
     """
-    if shift_labels is None:
-        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    labels = shift_labels.reshape(-1).to(logits.device)
-    _check_labels(labels, vocab_size, ignore_index)
+    labels = _next(labels, shift_labels, vocab_size, ignore_index, logits.device)
     logits = logits.reshape(-1, vocab_size)
     if HAS_TRITON and resolve(backend, logits) == "triton":
         total, _ = cross_entropy_triton(logits, labels, cap, ignore_index)
@@ -189,9 +187,47 @@ def causal_lm_loss(
     else:
         logits = soft_cap(logits, cap).to(state_dtype(logits.dtype))
         total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
-    if isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.to(total.device)
-    return total / ((labels != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch)
+    return _mean(total, labels, num_items_in_batch, ignore_index)
+
+
+def causal_lm_loss_in_parts(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    cap: float | None = None,
+    **kwargs,
+) -> Tensor:
+    """`causal_lm_loss` of logits `x @ weight.T`, of which only a part is in memory at a time; in Triton only.
+
+    Args:
+        x: What is projected `[B, T, D]`, float16, bfloat16 or float32.
+        weight: `[vocab_size, D]`, of the dtype of x.
+        Others: As in `causal_lm_loss`.
+    """
+    labels = _next(labels, shift_labels, vocab_size, ignore_index, x.device)
+    total = linear_cross_entropy(x.reshape(-1, x.shape[-1]), weight, labels, cap, ignore_index)
+    return _mean(total, labels, num_items_in_batch, ignore_index)
+
+
+def _next(
+    labels: Tensor, shift_labels: Tensor | None, vocab_size: int, ignore_index: int, device: torch.device
+) -> Tensor:  # fmt: skip
+    """What each position is to predict `[B T]`."""
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    labels = shift_labels.reshape(-1).to(device)
+    _check_labels(labels, vocab_size, ignore_index)
+    return labels
+
+
+def _mean(total: Tensor, labels: Tensor, count: Tensor | int | None, ignore_index: int) -> Tensor:
+    if isinstance(count, Tensor):
+        count = count.to(total.device)
+    return total / ((labels != ignore_index).sum() if count is None else count)
 
 
 def _check_labels(labels: Tensor, vocab_size: int, ignore_index: int) -> None:

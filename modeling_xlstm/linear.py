@@ -69,16 +69,23 @@ def is_hooked(module: Any) -> bool:
     return any(getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks)
 
 
-def is_plain(module: Any, x: Tensor) -> bool:
-    """Whether `module(x)` is only a product of one dtype: no module quantised, adapted, hooked or compiled."""
+def is_alone(module: Any) -> bool:
+    """Whether a module is only a linear layer: not quantised, adapted, hooked or compiled."""
     return (
         type(module) is nn.Linear
         and type(module.weight) is nn.Parameter
-        and x.dtype == module.weight.dtype
-        and x.device == module.weight.device
         and not is_hooked(module)
         and not (module._backward_hooks or module._backward_pre_hooks or _has_any_global_hook())
         and module._compiled_call_impl is None
+    )
+
+
+def is_plain(module: Any, x: Tensor) -> bool:
+    """Whether `module(x)` is only a product of one dtype, of a module that is alone."""
+    return (
+        is_alone(module)
+        and x.dtype == module.weight.dtype
+        and x.device == module.weight.device
         and not torch.is_autocast_enabled(x.device.type)
         and not torch.compiler.is_compiling()  # the compiler makes its own choice
     )

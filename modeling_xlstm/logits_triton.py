@@ -2,9 +2,10 @@
 
 Each is an op with its gradients. Logits are the largest tensor of a training step: a forward pass reads them once, and
 the loss keeps two numbers a row; a backward pass reads them once, as the projection left them, and writes their
-gradient. All compute in float32 and round once.
+gradient. All compute in float32 and round once. `linear_cross_entropy` has the projection too, and never more than a
+part of the logits in memory.
 
-Dims: `N` rows (tokens of all sequences) `V` vocabulary `BV` words of a block.
+Dims: `N` rows (tokens of all sequences) `D` inputs of the projection `V` vocabulary `BV` words of a block.
 """
 
 import torch
@@ -14,6 +15,7 @@ from .triton_language import blocks_of, power_of_2, tl, triton
 
 
 BLOCK = 4096  # words of a row at once
+PART = 1 << 27  # logits that are in memory at once
 
 
 # helpers
@@ -200,3 +202,74 @@ def _backward(ctx, d_loss, _):
 
 
 cross_entropy.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` in float32."""
+    if a.dtype == torch.float32 or not a.is_cuda:
+        return a.float() @ b.float()
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
+@torch.library.custom_op("modeling_xlstm::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
+    x: Tensor, weight: Tensor, labels: Tensor, cap: float | None, ignore_index: int, needs_dx: bool, needs_dweight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, and its gradients in float32 where they are needed: the logits are there only now."""
+    x, labels = x.contiguous(), labels.contiguous()
+    (N, D), V = x.shape, weight.shape[0]
+    loss = x.new_zeros((), dtype=torch.float32)
+    dx = x.new_empty(N if needs_dx else 0, D, dtype=torch.float32)
+    dweight = torch.zeros(V if needs_dweight else 0, D, dtype=torch.float32, device=x.device)
+    one, rows = torch.ones_like(loss), max(1, PART // V)
+    for start in range(0, N, rows):
+        part = slice(start, start + rows)
+        logits = x[part] @ weight.t()
+        added, stats = cross_entropy(logits, labels[part], cap, ignore_index)
+        loss += added
+        if needs_dx or needs_dweight:
+            d = _cross_entropy_backward(one, logits, labels[part], stats, cap, ignore_index)
+            if needs_dx:
+                dx[part] = _product(d, weight)
+            if needs_dweight:
+                dweight += _product(d.t(), x[part])
+    return loss, dx, dweight
+
+
+@_linear_cross_entropy.register_fake
+def _(x, weight, labels, cap, ignore_index, needs_dx, needs_dweight):
+    (N, D), V = x.shape, weight.shape[0]
+    sizes = (), (N if needs_dx else 0, D), (V if needs_dweight else 0, D)
+    return tuple(x.new_empty(size, dtype=torch.float32) for size in sizes)
+
+
+def _setup_linear(ctx, inputs, output):
+    ctx.dtypes = inputs[0].dtype, inputs[1].dtype
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
+
+
+def _backward_linear(ctx, d_loss, *_):
+    dx, dweight = (
+        (d_loss * gradient).to(dtype) if needed else None
+        for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
+    )
+    return dx, dweight, None, None, None, None, None
+
+
+_linear_cross_entropy.register_autograd(_backward_linear, setup_context=_setup_linear)
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, labels: Tensor, cap: float | None = None, ignore_index: int = -100
+) -> Tensor:
+    """Sum of the cross-entropies of `soft_cap(x @ weight.T, cap)` to the labels, with the gradients computed at once.
+
+    Args:
+        x: `[N, D]`, float16, bfloat16 or float32.
+        weight: `[V, D]`, of the dtype of x. Parts of its gradient are added in float32.
+        labels: As in `cross_entropy`.
+    """
+    grad = torch.is_grad_enabled()
+    needs = grad and x.requires_grad, grad and weight.requires_grad
+    return _linear_cross_entropy(x, weight, labels, cap, ignore_index, *needs)[0]

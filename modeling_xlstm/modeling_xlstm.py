@@ -33,7 +33,7 @@ from .checkpoint_xlstm import from_native
 from .checks import is_finite
 from .configuration_formats import fields_to
 from .configuration_xlstm import XLSTMConfig
-from .fused import causal_lm_loss, soft_cap
+from .fused import causal_lm_loss, causal_lm_loss_in_parts, soft_cap
 from .generation_xlstm import XLSTMGenerationMixin
 from .graphs_xlstm import ACTIVE
 from .inputs_xlstm import check_cache, check_checkpointing, check_embeds, check_ids, packed_bounds, padding_mask
@@ -51,7 +51,7 @@ from .layers_xlstm import (
     last,
     small_std,
 )
-from .linear import linear
+from .linear import is_alone, linear
 
 
 if HAS_TRITON:
@@ -413,11 +413,14 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, XLSTMGenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         cache_params: XLSTMCache | None = None,
+        skip_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         r"""
         Args:
             labels: Token ids `[B, T]` to predict, shifted inside; -100 is ignored. Of the kept positions only.
+            skip_logits: With labels, gives no logits. The kernels then have only a part of them in memory at a time, if
+                `lm_head` is a linear layer with nothing around it.
             logits_to_keep: Logits of the last n positions only, or of the positions in a tensor; 0 for all.
             Others: As in [`XLSTMModel`].
 
@@ -456,9 +459,11 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, XLSTMGenerationMixin):
         if labels is None:
             logits, loss = self.logits(x), None
         else:
-            logits, loss = self._logits_and_loss(x, labels, **kwargs)
-        if not self.training:
+            logits, loss = self._logits_and_loss(x, labels, skip_logits, **kwargs)
+        if not self.training and logits is not None:
             _check_finite(logits)
+        if skip_logits and labels is not None:
+            logits = None
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -470,26 +475,31 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, XLSTMGenerationMixin):
         """Logits `[..., vocab_size]` of what the stack gives `[..., D]`."""
         return linear(self.lm_head, x, cap=self.config.output_logit_soft_cap, backend=self.config.backend)
 
-    def _logits_and_loss(self, x: Tensor, labels: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        config = self.config
-        before = linear(self.lm_head, x, backend=config.backend)
-        logits = soft_cap(before, config.output_logit_soft_cap, config.backend)
-        _check_label_shape(labels, logits)
+    def _logits_and_loss(
+        self, x: Tensor, labels: Tensor, skip_logits: bool, **kwargs: Any
+    ) -> tuple[Tensor | None, Tensor]:
+        _check_label_shape(labels, x)
+        config, head, backend = self.config, self.lm_head, self.config.backend
         options: dict[str, Any] = {"labels": labels, "vocab_size": config.vocab_size, **kwargs}
-        if self.loss_function is causal_lm_loss and HAS_TRITON and resolve(config.backend, before) == "triton":
-            # a kernel caps them as it reads them, and their gradient goes through one tensor less
-            options |= {"cap": config.output_logit_soft_cap, "backend": config.backend}
-            return logits, causal_lm_loss(before, **options)
+        in_triton = self.loss_function is causal_lm_loss and HAS_TRITON and resolve(backend, x) == "triton"
+        capped = options | {"cap": config.output_logit_soft_cap}
+        if in_triton and skip_logits and is_alone(head) and head.bias is None:
+            device = x.device.type
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
+            return None, causal_lm_loss_in_parts(x.to(dtype), head.weight.to(dtype), **capped)
+        before = linear(head, x, backend=backend)
+        logits = soft_cap(before, config.output_logit_soft_cap, backend)
+        if in_triton:  # a kernel caps them as it reads them, and their gradient goes through one tensor less
+            return logits, causal_lm_loss(before, backend=backend, **capped)
         return logits, self.loss_function(logits=logits, **options)
 
 
-def _check_label_shape(labels: Tensor, logits: Tensor) -> None:
+def _check_label_shape(labels: Tensor, x: Tensor) -> None:
+    """x has an entry for each logit."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a tensor [B, T], got {type(labels).__name__}.")
-    if labels.shape != logits.shape[:2]:
-        raise ValueError(
-            f"labels must have shape {tuple(logits.shape[:2])} like the logits, got {tuple(labels.shape)}."
-        )
+    if labels.shape != x.shape[:2]:
+        raise ValueError(f"labels must have shape {tuple(x.shape[:2])} like the logits, got {tuple(labels.shape)}.")
 
 
 def _check_finite(logits: Tensor) -> None:

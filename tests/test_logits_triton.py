@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from numerics import assert_each, assert_matches
 from triton_device import DEVICE, GPU, needs_somewhere_to_run
 
-from modeling_xlstm.logits_triton import BLOCK, cross_entropy, soft_cap
+from modeling_xlstm import logits_triton
+from modeling_xlstm.logits_triton import BLOCK, _linear_cross_entropy, cross_entropy, linear_cross_entropy, soft_cap
 
 
 pytestmark = [pytest.mark.usefixtures("poisoned_memory"), needs_somewhere_to_run]
@@ -53,6 +54,54 @@ def test_values_and_gradients_are_right(shape, cap, dtype):
         assert_matches, {"gradient": actual["gradient"]}, *({"gradient": r["gradient"]} for r in (oracle, baseline))
     )
     torch.testing.assert_close(actual["loss"], oracle["loss"].float(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cap", [None, 5.0])
+@pytest.mark.parametrize("part", [1, 100, 1 << 27])
+def test_a_projection_in_parts_has_the_loss_and_gradients_of_the_whole(part, cap, dtype, monkeypatch):
+    monkeypatch.setattr(logits_triton, "PART", part)
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(size, 16, generator=generator).to(dtype) for size in (7, 40))
+    labels = torch.tensor([3, -100, 5, 39, 0, -100, 7])
+
+    def results(fn, *inputs):
+        inputs = [t.detach().requires_grad_() for t in inputs]
+        loss = fn(*inputs)
+        dx, dweight = torch.autograd.grad(loss / 3, inputs)
+        return {"loss": loss.detach().cpu(), "gradient of x": dx.cpu(), "gradient of the weight": dweight.cpu()}
+
+    def plain(x, weight):
+        return formula(labels, cap)(x @ weight.t())
+
+    def ours(x, weight):
+        return linear_cross_entropy(x, weight, labels.to(DEVICE), cap)
+
+    actual = results(ours, x.to(DEVICE), weight.to(DEVICE))
+    oracle, baseline = results(plain, x.double(), weight.double()), results(plain, x, weight)
+    for name in ("gradient of x", "gradient of the weight"):
+        assert_matches(actual[name], oracle[name], baseline[name], name)
+    torch.testing.assert_close(
+        actual["loss"], oracle["loss"].float(), rtol=2e-3 if dtype != torch.float32 else 1e-6, atol=0
+    )
+
+
+def test_only_gradients_that_are_needed_are_computed():
+    x, weight, labels = (
+        torch.randn(5, 16, device=DEVICE),
+        torch.randn(40, 16, device=DEVICE),
+        torch.arange(5).to(DEVICE),
+    )
+    for needs in ((False, False), (True, False), (False, True)):
+        loss = linear_cross_entropy(x.requires_grad_(needs[0]), weight.requires_grad_(needs[1]), labels)
+        assert loss.requires_grad == any(needs)
+        if any(needs):
+            loss.backward()
+        assert [t.grad is not None for t in (x, weight)] == list(needs)
+        x, weight = x.detach(), weight.detach()
+    with torch.no_grad():
+        expected = cross_entropy(x @ weight.t(), labels)[0]
+        assert torch.equal(linear_cross_entropy(x.requires_grad_(), weight, labels), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -107,4 +156,6 @@ def test_rows_may_lie_anywhere():
 def test_the_ops_are_registered_right():
     x, labels = some((5, 40), torch.float32)
     torch.library.opcheck(soft_cap, (x.to(DEVICE).requires_grad_(), 5.0))
+    inputs = torch.randn(5, 16, device=DEVICE).requires_grad_(), torch.randn(40, 16, device=DEVICE).requires_grad_()
+    torch.library.opcheck(_linear_cross_entropy, (*inputs, labels.to(DEVICE), 5.0, -100, True, True))
     torch.library.opcheck(cross_entropy, (x.to(DEVICE).requires_grad_(), labels.to(DEVICE), 5.0, -100))

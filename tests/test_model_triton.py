@@ -5,7 +5,7 @@ import torch
 from models import tiny_model, use_checkpointing
 from triton_device import DEVICE, GPU, needs_somewhere_to_run
 
-from modeling_xlstm import export_decode, export_prefill, initial_states
+from modeling_xlstm import export_decode, export_prefill, initial_states, logits_triton
 
 
 pytestmark = needs_somewhere_to_run
@@ -34,6 +34,36 @@ def test_logits_and_gradients_are_those_of_pytorch(kind):
     for name, grad in grads.items():
         scale = grad.abs().max().item()
         torch.testing.assert_close(grads_triton[name], grad, atol=1e-4 * scale + 1e-9, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("autocast", [False, True] if GPU else [False])
+def test_a_loss_without_logits_is_that_with_them(autocast, monkeypatch):
+    monkeypatch.setattr(logits_triton, "PART", 300)
+    tokens, results = ids(2, 9), []
+    labels = tokens.where(tokens % 5 != 0, -100)
+    _, model = pair("post_up")
+    for options in ({}, {"skip_logits": True}):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
+            out = model(tokens, labels=labels, num_items_in_batch=7, **options)
+        assert (out.logits is None) == bool(options)
+        out.loss.backward()
+        results.append((out.loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
+        model.zero_grad()
+    (loss, grads), (loss_alone, grads_alone) = results
+    bound = 2e-2 if autocast else 1e-4
+    torch.testing.assert_close(loss_alone, loss, atol=bound, rtol=bound)
+    for name, grad in grads.items():
+        scale = grad.abs().max().item()
+        torch.testing.assert_close(grads_alone[name], grad, atol=bound * scale + 1e-9, rtol=1e-3, msg=name)
+
+
+def test_a_head_with_something_around_it_is_called_for_a_loss_without_logits():
+    tokens, calls = ids(2, 9), []
+    _, model = pair("post_up")
+    expected = model(tokens, labels=tokens).loss
+    model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(model(tokens, labels=tokens, skip_logits=True).loss, expected)
+    assert calls
 
 
 # in half precision other kernels are used, which the interpreter has no numbers for

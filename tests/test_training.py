@@ -150,6 +150,14 @@ def test_checkpointing_keeps_the_gradient_of_the_states_or_refuses(kind):
         carried()
 
 
+def test_a_loss_without_logits_is_that_with_them():
+    model, ids = tiny_model().train(), random_ids(2, 20)
+    with_logits, without = (model(ids, labels=ids, skip_logits=skip) for skip in (False, True))
+    assert torch.equal(without.loss, with_logits.loss)
+    assert without.logits is None
+    assert model(ids, skip_logits=True).logits is not None  # nothing is to be predicted
+
+
 def test_the_loss_is_divided_by_the_number_of_items_when_given():
     model, ids = tiny_model().train(), random_ids(2, 21)
     mean = model(ids, labels=ids).loss
