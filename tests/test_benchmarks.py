@@ -8,7 +8,7 @@ import pytest
 import torch
 from numerics import assert_exact
 
-from benchmarks import generation, ops
+from benchmarks import generation, ops, training
 
 
 SMALL = ops.Shape("small", B=1, T=3, H=2, K=4, V=8)
@@ -351,3 +351,45 @@ def test_models_need_a_gpu_and_sections_a_name(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         generation.main(["--tiny", "speed"])
     assert "Sections are generate, first, prefill, long, position, lookup, got speed." in capsys.readouterr().err
+
+
+@pytest.fixture
+def tiny_training(monkeypatch, capsys):
+    """Runs sections with tiny models on a CPU, in this process; returns the rows of all tables."""
+    monkeypatch.setattr(training, "DEVICE", "cpu")
+    monkeypatch.setattr(training, "Worker", Here)
+
+    def run(*sections):
+        training.main([*sections, "--tiny"])
+        lines = capsys.readouterr().out.splitlines()
+        rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+        return [row for row in rows if row[0] != "model"]
+
+    return run
+
+
+def test_each_model_takes_steps_on_each_batch(tiny_training):
+    rows = tiny_training("step", "stack")
+    section, batches = training.SECTIONS["step"], ("2 x 64", "1 x 128")
+    expected = [(peer, batch) for batch in batches for peer in section.peers]
+    expected += [(peer, "2 x 64") for peer in training.SECTIONS["stack"].peers]
+    assert [tuple(row[:2]) for row in rows] == expected
+    assert all(float(row[3]) > 0 for row in rows)
+    assert [row[-1] for row in rows if row[0] in (training.OURS, training.ONLY_MLSTM)] == 3 * ["1.00"]
+
+
+def test_a_model_that_does_not_train_is_a_sentence_and_ours_an_error(tiny_training, monkeypatch):
+    monkeypatch.setattr(Here, "attempt", lambda self, *args: (None, "RuntimeError: no"))
+    with pytest.raises(SystemExit) as stop:
+        tiny_training("step")
+    ours = (training.OURS, training.ALONE)
+    assert str(stop.value).splitlines() == [f"{name}: RuntimeError: no" for name in ours] * 2
+
+
+def test_training_is_measured_on_a_gpu_only(monkeypatch, capsys):
+    monkeypatch.setattr(training, "DEVICE", "cpu")
+    with pytest.raises(SystemExit, match="measured on a CUDA GPU, and PyTorch finds none here; --tiny needs none."):
+        training.main([])
+    with pytest.raises(SystemExit):
+        training.main(["--tiny", "speed"])
+    assert "Sections are step, compiled, stack, got speed." in capsys.readouterr().err
