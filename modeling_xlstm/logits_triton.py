@@ -23,16 +23,24 @@ PART = 1 << 27  # logits that are in memory at once
 
 @triton.jit
 def _tanh(x):
-    """tanh of float32 to a few units in the last place, of small x too, where a polynomial in its square is."""
+    """tanh and its derivative, of float32 to a few units in the last place; tanh of small x by a polynomial."""
     shrunk = tl.exp(-2 * tl.abs(x))
-    large = (1 - shrunk) / (1 + shrunk)
+    large = tl.div_rn(1 - shrunk, 1 + shrunk)
+    slope = tl.div_rn(4 * shrunk, (1 + shrunk) * (1 + shrunk))
     z = x * x
     p = -0.00661022783111
     p = p * z + 0.0213093886644
     p = p * z - 0.0539094288275
     p = p * z + 0.13333113729
     p = p * z - 0.33333332008
-    return tl.where(tl.abs(x) < 0.55, x + x * z * p, tl.where(x < 0, -large, large))
+    return tl.where(tl.abs(x) < 0.55, x + x * z * p, tl.where(x < 0, -large, large)), slope
+
+
+@triton.jit
+def _cap(x, cap):
+    """`cap * tanh(x / cap)` and its derivative."""
+    t, slope = _tanh(tl.div_rn(x, cap))
+    return cap * t, slope
 
 
 # kernels
@@ -43,15 +51,16 @@ def soft_cap_fwd_kernel(x, y, size, cap, BLOCK: tl.constexpr):
     """y of a block."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     b_x = tl.load(x + o, mask=o < size, other=0.0).to(tl.float32)
-    tl.store(y + o, (cap * _tanh(b_x / cap)).to(y.dtype.element_ty), mask=o < size)
+    b_y, _ = _cap(b_x, cap)
+    tl.store(y + o, b_y.to(y.dtype.element_ty), mask=o < size)
 
 
 @triton.jit
 def soft_cap_bwd_kernel(dy, x, dx, size, cap, BLOCK: tl.constexpr):
     """dx of a block."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    t = _tanh(tl.load(x + o, mask=o < size, other=0.0).to(tl.float32) / cap)
-    d = tl.load(dy + o, mask=o < size, other=0.0).to(tl.float32) * (1 - t * t)
+    _, slope = _cap(tl.load(x + o, mask=o < size, other=0.0).to(tl.float32), cap)
+    d = tl.load(dy + o, mask=o < size, other=0.0).to(tl.float32) * slope
     tl.store(dx + o, d.to(dx.dtype.element_ty), mask=o < size)
 
 
@@ -69,7 +78,7 @@ def cross_entropy_fwd_kernel(
             o = start + tl.arange(0, BV)
             b_x = tl.load(x + i_n * V + o, mask=o < V, other=0.0).to(tl.float32)
             if CAPPED:
-                b_x = cap * _tanh(b_x / cap)
+                b_x, _ = _cap(b_x, cap)
             b_x = tl.where(o < V, b_x, -float("inf"))
             own += tl.sum(tl.where(o == label, b_x, 0.0), 0)
             before, most = most, tl.maximum(most, tl.max(b_x, 0))
@@ -93,8 +102,7 @@ def cross_entropy_bwd_kernel(
     if label != ignore_index:
         y, slope = tl.load(x + i_n * V + o, mask=valid, other=0.0).to(tl.float32), 1.0
         if CAPPED:
-            t = _tanh(y / cap)
-            y, slope = cap * t, 1 - t * t
+            y, slope = _cap(y, cap)
         share = tl.exp(y - tl.load(stats + i_n)) / tl.load(stats + N + i_n)
         d = (share - tl.where(o == label, 1.0, 0.0)) * slope * tl.load(d_loss)
     tl.store(dx + i_n * V + o, d.to(dx.dtype.element_ty), mask=valid)
