@@ -50,11 +50,12 @@ def test_a_loss_without_logits_is_that_with_them(autocast, monkeypatch):
         results.append((out.loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
         model.zero_grad()
     (loss, grads), (loss_alone, grads_alone) = results
-    bound = 2e-2 if autocast else 1e-4
+    bound = 1e-2 if autocast else 1e-5
     torch.testing.assert_close(loss_alone, loss, atol=bound, rtol=bound)
+    flat, flat_alone = (torch.cat([grad.flatten().float() for grad in x.values()]) for x in (grads, grads_alone))
+    assert (flat_alone - flat).norm() <= bound * flat.norm()
     for name, grad in grads.items():
-        scale = grad.abs().max().item()
-        torch.testing.assert_close(grads_alone[name], grad, atol=bound * scale + 1e-9, rtol=1e-3, msg=name)
+        assert grads_alone[name].any() == grad.any(), name
 
 
 def test_a_head_with_something_around_it_is_called_for_a_loss_without_logits():
