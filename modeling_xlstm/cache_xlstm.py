@@ -299,6 +299,13 @@ class XLSTMCache(Cache):
             super().batch_select_indices(indices)
         self.records = []
 
+    def detach_(self) -> "XLSTMCache":
+        """Ends the gradient of the states: what is read from here on does not reach what was read before. Returns the
+        cache."""
+        for layer in self.layers:
+            layer.map(Tensor.detach)
+        return self
+
     def deactivate_past_recording(self) -> None:
         """Ends what `activate_past_recording()` began, and forgets what was recorded."""
         for layer in self.layers:
