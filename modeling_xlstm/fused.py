@@ -176,7 +176,8 @@ def causal_lm_loss(
         backend: `"auto"` or `"triton"` for a kernel on a GPU, which keeps nothing of the size of the logits but them.
 
     Raises:
-        TypeError, IndexError: The labels are no integers, or (on a CPU) not of the vocabulary.
+        TypeError, ValueError, IndexError: The labels are no integers, or (on a CPU) nothing is to be predicted, or they
+            are not of the vocabulary. On a GPU the loss is then not finite, or the kernels stop.
     """
     labels = _next(labels, shift_labels, vocab_size, ignore_index, logits.device)
     logits = logits.reshape(-1, vocab_size)
@@ -227,7 +228,10 @@ def _next(
 def _mean(total: Tensor, labels: Tensor, count: Tensor | int | None, ignore_index: int) -> Tensor:
     if isinstance(count, Tensor):
         count = count.to(total.device)
-    return total / ((labels != ignore_index).sum() if count is None else count)
+    count = (labels != ignore_index).sum() if count is None else count
+    if total.device.type == "cpu" and not torch.compiler.is_compiling() and count == 0:  # a GPU is not waited for
+        raise ValueError(f"labels must hold a token to predict, got only {ignore_index} behind the first position.")
+    return total / count
 
 
 def _check_labels(labels: Tensor, vocab_size: int, ignore_index: int) -> None:

@@ -156,7 +156,9 @@ def test_the_loss_of_low_precision_logits_is_float32(dtype):
 def test_a_batch_without_labels_has_no_mean_but_a_sum_of_zero():
     logits, labels = some_logits()
     labels = torch.full_like(labels, -100)
-    assert causal_lm_loss(logits, labels, VOCAB).isnan()
+    for options in ({}, {"num_items_in_batch": 0}, {"num_items_in_batch": torch.tensor(0)}):
+        with pytest.raises(ValueError, match="labels must hold a token to predict, got only -100 behind the first"):
+            causal_lm_loss(logits, labels, VOCAB, **options)
     result = value_and_gradient(lambda x: causal_lm_loss(x, labels, VOCAB, num_items_in_batch=4), logits)
     assert result["value"] == 0
     assert not result["gradient"].any()

@@ -20,6 +20,9 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 from modeling_xlstm import XLSTMCache, XLSTMForCausalLM, XLSTMForSequenceClassification, XLSTMForTokenClassification
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def loss_gradients(model, ids, **kwargs):
     """Gradients of the sum of the losses of all tokens to predict."""
     kwargs.setdefault("labels", ids)
@@ -232,6 +235,55 @@ def test_half_precision_trains_close_to_float32(kind, dtype, bound, cosine):
     assert torch.cosine_similarity(actual, exact, 0) > cosine
 
 
+@pytest.mark.parametrize("size", [30.0, 1000.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_extreme_gates_train_under_autocast_with_a_scaler(kind, dtype, size):
+    """Gates that are shut, wide open, or either from token to token."""
+    model = tiny_model(kind, gate_soft_cap=None).train()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(("gate_proj.bias", "gate_bias")):
+                p.copy_(size * torch.linspace(-1, 1, p.numel()).view_as(p))
+            elif name.endswith("gate_proj.weight"):
+                p.mul_(10)
+    scaler = torch.amp.GradScaler(DEVICE, enabled=dtype == torch.float16, init_scale=1024.0)
+    model, ids = model.to(DEVICE), random_ids(2, 70).to(DEVICE)
+    optimizer, finite = torch.optim.SGD(model.parameters(), lr=1e-3), []
+    for _ in range(12):
+        with torch.autocast(DEVICE, dtype=dtype):
+            loss = model(ids, labels=ids).loss
+        assert loss.isfinite()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        finite.append(all(p.grad.isfinite().all() for p in model.parameters()))
+        scaler.step(optimizer)  # skipped, and the scale halved, where a scaled gradient is too large for float16
+        scaler.update()
+        optimizer.zero_grad()
+    skipped = 0 if dtype == torch.bfloat16 else 8
+    assert finite[skipped:] == (12 - skipped) * [True]
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", KINDS)
+def test_fifty_steps_on_a_gpu_have_the_losses_of_a_cpu(kind):
+    curves = []
+    for device in ("cpu", "cuda"):
+        model = tiny_model(kind).to(device).train()
+        optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
+        for step in range(50):
+            ids = random_ids(2, 70, seed=step % 5).to(device)
+            loss = model(ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        curves.append(torch.tensor(losses))
+    assert curves[0][-5:].mean() < 0.9 * curves[0][:5].mean()
+    torch.testing.assert_close(*curves, rtol=1e-3, atol=0)
+
+
 def test_dropout_acts_in_training_only():
     plain, model, ids = tiny_model("pre_up_slstm"), tiny_model("pre_up_slstm", dropout=0.3), random_ids(2, 20)
     assert torch.equal(model(ids).logits, plain(ids).logits)
@@ -358,6 +410,21 @@ def test_a_resumed_training_is_bit_equal_to_an_uninterrupted_one(kind, tmp_path)
     assert resumed_losses == losses[10:]
     for (name, expected), actual in zip(model.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(actual, expected), name
+
+
+@pytest.mark.parametrize("kind", TWO_KINDS)
+def test_trainer_compiles_to_one_graph_and_trains_the_same(kind, tmp_path):
+    torch._dynamo.reset()
+    curves, options = [], {"max_steps": 4, "save_strategy": "no"}
+    for compilation in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        train, _ = trainer(tiny_model(kind), tmp_path, logging_steps=1, **options, **compilation)
+        train.model._forward_hooks.clear()  # which breaks a graph
+        torch._dynamo.utils.counters.clear()
+        train.train()
+        curves.append(torch.tensor([log["loss"] for log in train.state.log_history if "loss" in log]))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch.testing.assert_close(*curves, rtol=1e-4, atol=0)
 
 
 # Newer versions of Transformers say activation_checkpointing.
