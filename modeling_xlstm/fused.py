@@ -177,7 +177,7 @@ def causal_lm_loss(
 
     Raises:
         TypeError, ValueError, IndexError: The labels are no integers, or (on a CPU) nothing is to be predicted, or they
-            are not of the vocabulary. On a GPU the loss is then not finite, or the kernels stop.
+            are not of the vocabulary. On a GPU, which is not waited for, the loss is NaN then, or kernels stop.
     """
     labels = _next(labels, shift_labels, vocab_size, ignore_index, logits.device)
     logits = logits.reshape(-1, vocab_size)

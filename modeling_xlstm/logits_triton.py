@@ -37,6 +37,12 @@ def _tanh(x):
 
 
 @triton.jit
+def _zero_or_nan(label, V):
+    """NaN for a label that is no word."""
+    return tl.where((label >= 0) & (label < V), 0.0, float("nan"))
+
+
+@triton.jit
 def _cap(x, cap):
     """`cap * tanh(x / cap)` and its derivative."""
     t, slope = _tanh(tl.div_rn(x, cap))
@@ -72,7 +78,7 @@ def cross_entropy_fwd_kernel(
     ignored is not read."""
     i_n = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + i_n)
-    most, total, own = -float("inf"), 0.0, 0.0
+    most, total, own = -float("inf"), 0.0, _zero_or_nan(label, V)
     if label != ignore_index:
         for start in range(0, V, BV):
             o = start + tl.arange(0, BV)
@@ -104,7 +110,7 @@ def cross_entropy_bwd_kernel(
         if CAPPED:
             y, slope = _cap(y, cap)
         share = tl.exp(y - tl.load(stats + i_n)) / tl.load(stats + N + i_n)
-        d = (share - tl.where(o == label, 1.0, 0.0)) * slope * tl.load(d_loss)
+        d = (share - tl.where(o == label, 1.0, 0.0)) * slope * tl.load(d_loss) + _zero_or_nan(label, V)
     tl.store(dx + i_n * V + o, d.to(dx.dtype.element_ty), mask=valid)
 
 
@@ -164,7 +170,8 @@ def cross_entropy(
 
     Args:
         x: Logits `[N, V]`, float16, bfloat16 or float32.
-        labels: `[N]` int64, from 0 and below V; `ignore_index` for rows that do not count, which may hold anything.
+        labels: `[N]` int64; `ignore_index` for rows that do not count, which may hold anything. Loss and gradients of
+            any other that is not from 0 to V - 1 are NaN.
     """
     x, labels = x.contiguous(), labels.contiguous()
     N, V = x.shape

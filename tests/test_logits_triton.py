@@ -132,6 +132,15 @@ def test_rows_that_do_not_count_may_hold_anything(value):
     assert_each(lambda a, b, name: torch.testing.assert_close(a, b, rtol=0, atol=0), actual, expected)
 
 
+@pytest.mark.parametrize("label", [-1, 40, 1 << 40])
+def test_a_label_that_is_no_word_is_seen(label):
+    x, labels = some((5, 40), torch.float32)
+    labels[2] = label
+    result = value_and_gradient(lambda x: cross_entropy(x, labels.to(DEVICE), 5.0)[0], x.to(DEVICE))
+    assert result["loss"].isnan()
+    assert result["gradient"][2].isnan().all() and result["gradient"][0].isfinite().all()
+
+
 def test_large_logits_are_exact():
     x, labels = some((5, 40), torch.float32)
     x = 1000 * x
