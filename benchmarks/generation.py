@@ -29,7 +29,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import closing
 from functools import partial
 from importlib.util import find_spec
@@ -88,11 +88,11 @@ TINY = Sizes(
 # models
 
 
-def ours(sizes: Sizes) -> Any:
+def ours(sizes: Any) -> Any:
     return modeling_xlstm.XLSTMForCausalLM(modeling_xlstm.XLSTMConfig(**sizes.xlstm))
 
 
-def in_tree(sizes: Sizes, **kernels: Any) -> Any:
+def in_tree(sizes: Any, **kernels: Any) -> Any:
     from transformers.models.xlstm.configuration_xlstm import xLSTMConfig
     from transformers.models.xlstm.modeling_xlstm import xLSTMForCausalLM
 
@@ -378,17 +378,25 @@ def table(name: str, section: Section, sizes: Sizes) -> list[str]:
     return [f"{name}: {sentence}" for sentence in wrong]
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)")
+def asked(
+    arguments: list[str] | None, doc: str | None, sections: Collection[str], tests: tuple[str, ...], device: str
+) -> argparse.Namespace:  # fmt: skip
+    """Sections to measure, and whether with tiny models. Ends the process where models cannot be measured."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(sections)} (default: all)")
     parser.add_argument("--tiny", action="store_true", help="small models and short texts, to try it")
     args = parser.parse_args(arguments)
-    if unknown := set(args.sections) - set(SECTIONS):
-        parser.error(f"Sections are {', '.join(SECTIONS)}, got {', '.join(sorted(unknown))}.")
-    if not args.tiny and DEVICE == "cpu":
+    if unknown := set(args.sections) - set(sections):
+        parser.error(f"Sections are {', '.join(sections)}, got {', '.join(sorted(unknown))}.")
+    if not args.tiny and device == "cpu":
         sys.exit("Models of this size are measured on a CUDA GPU, and PyTorch finds none here; --tiny needs none.")
-    if not args.tiny and obstacle(TESTS):
-        sys.exit(f"No speed without correct results: {obstacle(TESTS)}")
+    if not args.tiny and (sentence := obstacle(tests)):
+        sys.exit(f"No speed without correct results: {sentence}")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = asked(arguments, __doc__, SECTIONS, TESTS, DEVICE)
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.machine()
     packages = [p for p in ("torch", "triton", "transformers", *KERNELS) if find_spec(p) is not None]
     print(device, "bfloat16", *(f"{name} {version(name)}" for name in packages), sep=", ", flush=True)

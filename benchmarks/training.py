@@ -13,7 +13,6 @@ has a process of its own.
 `--tiny` tries it with models and lengths of no meaning, untested, on a CPU too.
 """
 
-import argparse
 import platform
 import statistics
 import sys
@@ -26,7 +25,8 @@ import torch
 import transformers
 
 import modeling_xlstm
-from benchmarks.ops import OURS, Worker, obstacle, version
+from benchmarks.generation import asked, in_tree, ours, synchronize
+from benchmarks.ops import OURS, Worker, version
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,25 +55,12 @@ TINY = Sizes(
 )
 
 
-def ours(sizes: Sizes) -> Any:
-    return modeling_xlstm.XLSTMForCausalLM(modeling_xlstm.XLSTMConfig(**sizes.xlstm))
-
-
 def stack(ratio: str) -> Callable[[Sizes], Any]:
     def make(sizes: Sizes) -> Any:
         shape = {name: sizes.xlstm[name] for name in ("hidden_size", "num_hidden_layers", "vocab_size")}
         return modeling_xlstm.XLSTMForCausalLM(modeling_xlstm.XLSTMConfig.from_ratio(ratio, **shape))
 
     return make
-
-
-def in_tree(sizes: Sizes) -> Any:
-    from transformers.models.xlstm.configuration_xlstm import xLSTMConfig
-    from transformers.models.xlstm.modeling_xlstm import xLSTMForCausalLM
-
-    shape = sizes.xlstm
-    twins = {"embedding_dim": shape["hidden_size"], "num_blocks": shape["num_hidden_layers"]}
-    return xLSTMForCausalLM(xLSTMConfig(**shape, **twins))
 
 
 def llama(sizes: Sizes) -> Any:
@@ -102,11 +89,6 @@ PEERS = {
     ONLY_MLSTM: Peer(stack("1:0")),
     WITH_SLSTM: Peer(stack("7:1")),
 }
-
-
-def synchronize() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
 
 
 def measure(name: str, sizes: Sizes, B: int, T: int, compiled: bool) -> Row:
@@ -178,16 +160,7 @@ def table(section: Section, sizes: Sizes) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)")
-    parser.add_argument("--tiny", action="store_true", help="small models and short texts, to try it")
-    args = parser.parse_args(arguments)
-    if unknown := set(args.sections) - set(SECTIONS):
-        parser.error(f"Sections are {', '.join(SECTIONS)}, got {', '.join(sorted(unknown))}.")
-    if not args.tiny and DEVICE == "cpu":
-        sys.exit("Models of this size are measured on a CUDA GPU, and PyTorch finds none here; --tiny needs none.")
-    if not args.tiny and obstacle(TESTS):
-        sys.exit(f"No speed without correct results: {obstacle(TESTS)}")
+    args = asked(arguments, __doc__, SECTIONS, TESTS, DEVICE)
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.machine()
     print(device, "bfloat16", *(f"{name} {version(name)}" for name in ("torch", "triton", "transformers")), sep=", ")
     sizes, wrong = TINY if args.tiny else FULL, []

@@ -39,9 +39,10 @@ POSITIVE = (
     "mlstm_proj_factor", "mlstm_qkv_block_size", "ffn_proj_factor", "ffn_round_up_to_multiple_of", "norm_eps",
     "gate_soft_cap", "output_logit_soft_cap", "chunk_size", "context_length",
 )  # fmt: skip
+NOT_NEGATIVE = ("conv_kernel_size", "slstm_conv_kernel_size", "slstm_ffn_proj_factor", "eps")
+
 # What LoRA adapts where nothing else is asked for: all linear layers but the scalar gates, of every kind of block.
 LORA_TARGETS = ["qkvo_proj", "out_proj", "up_proj", "down_proj"]
-NOT_NEGATIVE = ("conv_kernel_size", "slstm_conv_kernel_size", "slstm_ffn_proj_factor", "eps")
 
 
 @strict
