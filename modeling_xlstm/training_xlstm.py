@@ -1,18 +1,21 @@
-"""Training: which weights decay, and texts longer than memory, whose state is carried from step to step.
+"""Training: the papers' recipes, which weights decay, and texts longer than memory, whose state is carried on.
 
-`from modeling_xlstm.training_xlstm import Windows, XLSTMTrainer`; the package itself does without `Trainer`.
+`from modeling_xlstm.training_xlstm import Windows, XLSTMTrainer, recipe`; the package itself does without `Trainer`.
 
 Dims: `B` batch `T` time.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import Trainer
+from transformers import SchedulerType, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .cache_xlstm import XLSTMCache
@@ -21,6 +24,87 @@ from .layers_xlstm import BlockDiagonalLinear, SLSTMLayer
 
 
 STATE = "state.safetensors"  # in a checkpoint
+
+# Of xLSTM-7B's 550,000 steps, 3,000 and 7,000: rounded down, as a share of the steps is rounded up.
+WARMUP, COOLDOWN = 0.0054545, 0.0127272
+
+
+def recipe(output_dir: str, paper: str = "xlstm-7b", **options: Any) -> TrainingArguments:
+    """How the authors pre-trained: AdamW, weight decay, clipped gradients, and the schedule of the learning rate.
+
+    `"xlstm"` is the first paper (https://arxiv.org/abs/2405.04517): a warm-up of 750 steps, however long the training
+    is, and a cosine to a tenth of the learning rate, which the paper has smaller for larger models. `"xlstm-7b"` is
+    https://arxiv.org/abs/2503.13427: of 550,000 steps, a warm-up of 3,000, an exponential decay to a tenth, and a
+    linear cool-down to 0 of 7,000, kept as shares of the steps: a shorter training has a schedule of the same shape. It needs
+    an `XLSTMTrainer`; a plain `Trainer` raises TypeError when it starts. Betas, decay and clipping are those of the
+    authors' code, NX-AI/xlstm-jax.
+
+    `options` are further arguments of `TrainingArguments`, or other values of these; the batch, and how long to train,
+    are among them. bfloat16 is on where there is a GPU that computes in it. Raises ValueError if `paper` is another.
+    """
+    schedules: dict[str, dict[str, Any]] = {
+        "xlstm": {
+            "learning_rate": 1e-3,
+            "warmup_steps": 750,
+            "lr_scheduler_type": "cosine_with_min_lr",
+            "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+        },
+        "xlstm-7b": {
+            "learning_rate": 5e-4,
+            "warmup_steps": WARMUP,
+            "lr_scheduler_type": "warmup_stable_decay",
+            "lr_scheduler_kwargs": {
+                "decay_type": "exponential",
+                "min_lr_ratio": 0.1,
+                "num_cooldown_steps": COOLDOWN,
+            },
+        },
+    }
+    if paper not in schedules:
+        raise ValueError(f"paper must be one of {', '.join(schedules)}, got {paper!r}.")
+    on_gpu = torch.cuda.is_available() and not options.get("use_cpu")
+    common = {
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.95,
+        "weight_decay": 0.1,
+        "max_grad_norm": 0.5,
+        "bf16": on_gpu and torch.cuda.is_bf16_supported(including_emulation=False),
+    }
+    return TrainingArguments(output_dir, **{**common, **schedules[paper], **options})
+
+
+def exponential_schedule(
+    optimizer: Optimizer,
+    num_warmup_steps: int,
+    num_training_steps: int,
+    min_lr_ratio: float,
+    num_cooldown_steps: float = 0,
+) -> LambdaLR:
+    """The learning rate rises linearly from 0, decays exponentially to `min_lr_ratio` of itself, and falls linearly to
+    0 in the last `num_cooldown_steps`, a share of all steps where below 1 (https://arxiv.org/abs/2503.13427).
+
+    Raises ValueError if no step is left for the decay, or it has no end to reach.
+    """
+    total, warmup = num_training_steps, num_warmup_steps
+    cooldown = math.ceil(num_cooldown_steps if num_cooldown_steps >= 1 else total * num_cooldown_steps)
+    decay = total - warmup - cooldown
+    if cooldown < 0 or decay < 1:
+        raise ValueError(
+            f"Warm-up and cool-down must be at least 0 and leave a step of {total} for the decay, got {warmup} and "
+            f"{cooldown} steps."
+        )
+    if not 0 < min_lr_ratio <= 1:
+        raise ValueError(f"min_lr_ratio must be above 0 and at most 1 for an exponential decay, got {min_lr_ratio}.")
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return step / warmup
+        left = total - step
+        if left < cooldown:
+            return min_lr_ratio * max(left, 0) / cooldown
+        return min_lr_ratio ** ((step - warmup) / decay)
+
+    return LambdaLR(optimizer, factor)
 
 
 def decaying(model: nn.Module) -> list[str]:
@@ -73,8 +157,8 @@ class Windows(Dataset):
 
 
 class XLSTMTrainer(Trainer):
-    """A `Trainer` that decays the weights in `decaying`, and carries the state of each row from step to step where the
-    data are `Windows`: truncated backpropagation through time.
+    """A `Trainer` that decays the weights in `decaying`, knows the schedules of `recipe`, and carries the state of each
+    row from step to step where the data are `Windows`: truncated backpropagation through time.
 
     States start empty with each pass over the text, are detached between steps, and are kept in checkpoints, so that
     what is resumed goes on as if nothing had been. Evaluation starts each batch from an empty state.
@@ -87,6 +171,17 @@ class XLSTMTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return decaying(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> Any:
+        args: Any = self.args
+        options = dict(args.lr_scheduler_kwargs or {})
+        is_wsd = args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY
+        if self.lr_scheduler is None and is_wsd and options.pop("decay_type", None) == "exponential":
+            optimizer = self.optimizer if optimizer is None else optimizer
+            warmup = args.get_warmup_steps(num_training_steps)
+            self.lr_scheduler = exponential_schedule(optimizer, warmup, num_training_steps, **options)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
