@@ -20,7 +20,7 @@ from .cache_xlstm import LayerState
 from .checks import check_float, check_like, check_sequence, full_precision, state_dtype
 from .configuration_xlstm import XLSTMConfig
 from .fused import rms_norm, soft_cap
-from .linear import linear
+from .linear import is_alone, linear
 from .mlstm import mlstm_chunkwise, mlstm_step, mlstm_steps_, mlstm_steps_gated_
 from .mlstm_torch import MLSTMState, hold_padding
 from .mlstm_torch import mlstm_step as mlstm_step_
@@ -28,8 +28,10 @@ from .slstm import slstm_scan, slstm_step
 
 
 if HAS_TRITON:
+    from .conv_triton import causal_conv
     from .gates_triton import gates
     from .head_norm_triton import gated_head_norm
+    from .qkv_triton import WIDTHS, qkv_and_gates
 
 
 def small_std(config: XLSTMConfig) -> float:
@@ -80,13 +82,24 @@ class HeadNorm(nn.Module):
         if self.bias is not None:
             init.zeros_(self.bias)
 
-    def forward(self, h: Tensor, ogate: Tensor | None = None, backend: str = "torch") -> Tensor:
-        """With `ogate` `[B, T, H V]`, the pre-activation of an output gate, y is gated too."""
+    def forward(
+        self,
+        h: Tensor,
+        ogate: Tensor | None = None,
+        backend: str = "torch",
+        c: Tensor | None = None,
+        skip: Tensor | None = None,
+    ) -> Tensor:
+        """With `ogate` `[B, T, H V]`, the pre-activation of an output gate, y is gated too: by a sigmoid, or, with c
+        `[B, T, H V]` and skip `[H V]`, `skip * c` is added and the gate is SiLU.
+        """
         if backend == "triton":
-            return gated_head_norm(h, ogate, self.weight, self.bias, self.offset, self.eps)
+            return gated_head_norm(h, ogate, self.weight, self.bias, self.offset, self.eps, c, skip)
         y = F.layer_norm(h, h.shape[-1:], eps=self.eps).flatten(-2).to(h.dtype)
         y = y * (self.weight + self.offset if self.offset else self.weight)
         y = y if self.bias is None else y + self.bias
+        if c is not None:
+            return (y + skip * c) * F.silu(ogate)
         return y if ogate is None else torch.sigmoid(ogate) * y
 
 
@@ -183,20 +196,29 @@ class BlockDiagonalLinear(nn.Module):
         init_linear_(self.weight, self.bias, self.std)
 
     def forward(self, x: Tensor) -> Tensor:
-        blocks, out, _ = self.weight.shape
-        merged = math.gcd(blocks, max(1, self.TILE // out))
-        tiles = torch.diag_embed(self.weight.unflatten(0, (-1, merged)).movedim(1, -1), dim1=1, dim2=3)
-        tiles = tiles.flatten(3, 4).flatten(1, 2)  # [blocks / merged, merged out, merged in]
-        y = torch.einsum("bthi,hoi->btho", x.unflatten(-1, (tiles.shape[0], -1)), tiles).flatten(-2)
+        squares = in_squares(self.weight, self.merged)
+        y = torch.einsum("bthi,hoi->btho", x.unflatten(-1, (squares.shape[0], -1)), squares).flatten(-2)
         return y if self.bias is None else y + self.bias
+
+    @property
+    def merged(self) -> int:
+        """How many blocks are multiplied as one."""
+        blocks, out, _ = self.weight.shape
+        return math.gcd(blocks, max(1, self.TILE // out))
+
+
+def in_squares(weight: Tensor, merged: int) -> Tensor:
+    """Blocks `[blocks, out, in]` on the diagonals of larger ones, `[blocks / merged, merged out, merged in]`."""
+    squares = torch.diag_embed(weight.unflatten(0, (-1, merged)).movedim(1, -1), dim1=1, dim2=3)
+    return squares.flatten(3, 4).flatten(1, 2)
 
 
 class CausalConv1d(nn.Module):
     """Depthwise causal convolution over time and SiLU, with state: `y, state = conv(x, state)`, x and y `[B, T, C]`."""
 
-    def __init__(self, channels: int, kernel_size: int):
+    def __init__(self, channels: int, kernel_size: int, backend: str = "auto"):
         super().__init__()
-        self.kernel_size = kernel_size
+        self.kernel_size, self.backend = kernel_size, backend
         self.weight = nn.Parameter(torch.empty(channels, kernel_size))
         self.bias = nn.Parameter(torch.empty(channels))
         self.reset_parameters()
@@ -214,12 +236,14 @@ class CausalConv1d(nn.Module):
         past = self.kernel_size - 1
         sequences = B if cu_seqlens is None else cu_seqlens.numel() - 1
         dtype = state_dtype(x.dtype)
+        if state is None and self._starts(x, mask, cu_seqlens):
+            return causal_conv(x, self.weight, self.bias, past), x[:, T - past :].to(dtype, copy=True)
         if state is None:
             state = x.new_zeros(sequences, past, C, dtype=dtype)
         check_like("the state of the convolution", state, (sequences, past, C), x.device, (dtype,))
         if T == 1 and cu_seqlens is None:  # which is faster as the sum that it is
             window = torch.cat((state, x.to(dtype)), 1)
-            y = ((window * self.weight.mT).sum(1, keepdim=True) + self.bias).to(x.dtype)
+            y = F.silu(((window * self.weight.mT).sum(1, keepdim=True) + self.bias).to(x.dtype))
             new = window[:, 1:] if mask is None else torch.where(mask[..., None], window[:, 1:], state)
         elif cu_seqlens is not None:
             y, new = self._packed(x, state.to(x.dtype), cu_seqlens)
@@ -228,7 +252,12 @@ class CausalConv1d(nn.Module):
         else:
             x = torch.cat((state.to(x.dtype), x), 1)
             y, new = self._convolve(x), x[:, T:]
-        return F.silu(y), new.to(dtype, copy=True)
+        return y, new.to(dtype, copy=True)
+
+    def _starts(self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> bool:
+        """Whether x are the first tokens of texts, enough for a state, to Triton, which needs no zeros before them."""
+        enough = x.shape[1] > self.kernel_size and mask is None and cu_seqlens is None
+        return HAS_TRITON and enough and resolve(self.backend, x) == "triton"
 
     def _packed(self, x: Tensor, before: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
         """Each sequence behind its own past: [past of 0 | tokens of 0 | past of 1 | tokens of 1 ...]."""
@@ -250,10 +279,13 @@ class CausalConv1d(nn.Module):
         return _gather(self._convolve(x), rank), _gather(x, newest)
 
     def _convolve(self, x: Tensor) -> Tensor:
+        """x, with its past in front, to what comes after the past, activated."""
+        if HAS_TRITON and resolve(self.backend, x) == "triton":
+            return causal_conv(x, self.weight, self.bias, 0)
         # on a CPU, PyTorch has no fast convolution in half precision
         dtype = state_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
         weight, bias = self.weight.to(dtype), self.bias.to(dtype)
-        return F.conv1d(x.to(dtype).mT, weight[:, None], bias, groups=x.shape[-1]).mT.to(x.dtype)
+        return F.silu(F.conv1d(x.to(dtype).mT, weight[:, None], bias, groups=x.shape[-1]).mT.to(x.dtype))
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
@@ -307,14 +339,15 @@ class _MLSTMMixer(nn.Module):
         mask: Tensor | None,
         cu_seqlens: Tensor | None,
         keep: int | None,
-        ogate: Tensor | None = None,
+        *gating: Tensor,
     ) -> tuple[Tensor, MLSTMState]:
-        """q, k, v `[B, T, H K]` or `[B, T, H V]` to the normalised, and gated, heads `[B, T or keep, H V]`.
+        """q, k, v `[B, T, H K]` or `[B, T, H V]` to the heads `[B, T or keep, H V]`, normalised and gated.
 
-        A few steps overwrite the state where they may.
+        `gating` is the output gate, or output gate, c and skip, as for `HeadNorm`. A few steps overwrite the state
+        where they may.
         """
         if self._is_step_(q, in_place, cu_seqlens):
-            return self._step_(q, k, v, gates, state, mask, ogate).to(v.dtype), state
+            return self._step_(q, k, v, gates, state, mask, *gating).to(v.dtype), state
         config, (K, V), T = self.config, self.head_sizes, q.shape[1]
         backend = resolve(self.backend, q)
         q, k, v = q.unflatten(-1, (-1, K)), k.unflatten(-1, (-1, K)), v.unflatten(-1, (-1, V))
@@ -328,10 +361,10 @@ class _MLSTMMixer(nn.Module):
             gates, options["gate_soft_cap"] = soft_cap(gates, config.gate_soft_cap), None
         igate, fgate = gates.chunk(2, -1)
         if in_place and backend == "triton" and is_few(*q.shape[:2]) and not torch.is_grad_enabled():
-            if ogate is None:
+            if len(gating) > 1:
                 h = mlstm_steps_(q, k, v, igate, fgate, state, **options)
-                return self.head_norm(last(h, keep), None, backend), state
-            norm = self.head_norm
+                return self._gated(h, backend, keep, *gating), state
+            (ogate,), norm = gating, self.head_norm
             options |= {"offset": norm.offset, "norm_eps": norm.eps}
             y = mlstm_steps_gated_(q, k, v, igate, fgate, ogate, state, norm.weight, norm.bias, **options)
             return last(y, keep), state
@@ -343,7 +376,19 @@ class _MLSTMMixer(nn.Module):
         else:
             options |= {"cu_seqlens": cu_seqlens, "chunk_size": config.chunk_size}
             h, state = mlstm_chunkwise(q, k, v, igate, fgate, state, backend=backend, **options)
-        return self.head_norm(last(h, keep), None if ogate is None else last(ogate, keep), backend), state
+        return self._gated(h, backend, keep, *gating), state
+
+    def _gated(
+        self,
+        h: Tensor,
+        backend: str,
+        keep: int | None,
+        ogate: Tensor,
+        c: Tensor | None = None,
+        skip: Tensor | None = None,
+    ) -> Tensor:
+        c = None if c is None else last(c, keep)
+        return self.head_norm(last(h, keep), last(ogate, keep), backend, c, skip)
 
     def _is_step_(self, x: Tensor, in_place: bool, cu_seqlens: Tensor | None) -> bool:
         """Whether `_step_` serves x `[B, T, ...]`."""
@@ -351,7 +396,7 @@ class _MLSTMMixer(nn.Module):
         return alone and not torch.is_grad_enabled() and resolve(self.backend, x) == "torch"
 
     def _step_(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, state: Any, mask: Tensor | None, ogate: Tensor | None
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, state: Any, mask: Tensor | None, *gating: Tensor
     ) -> Tensor:
         """`_cell` of one token in PyTorch, in the dtype of the state, which is overwritten. The cache that has it was
         checked."""
@@ -361,7 +406,7 @@ class _MLSTMMixer(nn.Module):
         tokens = hold_padding(q, k, v, igate, fgate, None if mask is None else mask[:, 0])
         with full_precision(q.device):
             h, _ = mlstm_step_(*tokens, state, config.mlstm_input_gate, config.eps, in_place=True)
-        return self.head_norm(h.unsqueeze(1), ogate)
+        return self._gated(h.unsqueeze(1), "torch", None, *gating)
 
 
 class MLSTMLayer(_MLSTMMixer):
@@ -407,7 +452,7 @@ class MLSTMLayer(_MLSTMMixer):
             q, k, v, o = qkvo.to(state_dtype(qkvo.dtype)).split(self.splits, -1)
             return self._step_(q, k, v, gates, state, mask, o).to(qkvo.dtype), state
         q, k, v, o = qkvo.split(self.splits, -1)
-        return self._cell(q, k, v, gates, state, in_place, mask, cu_seqlens, keep, ogate=o)
+        return self._cell(q, k, v, gates, state, in_place, mask, cu_seqlens, keep, o)
 
 
 class MLSTMPreUpLayer(_MLSTMMixer):
@@ -420,7 +465,8 @@ class MLSTMPreUpLayer(_MLSTMMixer):
         inner, std = config.inner_size, small_std(config)
         super().__init__(config, 3 * inner, igate_mean=0.0, igate_std=0.1)
         self.up_proj = projection(config.hidden_size, 2 * inner, config.use_bias, std)  # rows [x | z]
-        self.conv = CausalConv1d(inner, config.conv_kernel_size) if config.conv_kernel_size else None
+        kernel_size = config.conv_kernel_size
+        self.conv = CausalConv1d(inner, kernel_size, config.backend) if kernel_size else None
         self.q_proj = BlockDiagonalLinear(inner, config.mlstm_qkv_block_size, config.use_bias, std)
         self.k_proj = BlockDiagonalLinear(inner, config.mlstm_qkv_block_size, config.use_bias, std)
         self.v_proj = BlockDiagonalLinear(inner, config.mlstm_qkv_block_size, config.use_bias, std)
@@ -446,11 +492,25 @@ class MLSTMPreUpLayer(_MLSTMMixer):
         c = x
         if self.conv is not None:
             c, conv = self.conv(x, conv, mask=mask, cu_seqlens=cu_seqlens)
-        q, k, v = self.q_proj(c), self.k_proj(c), self.v_proj(x)
-        gates = self.gate_proj(torch.cat((q, k, v), -1))
-        h, cell = self._cell(q, k, v, gates, cell, in_place, mask, cu_seqlens, keep)
-        y = (h + self.skip * last(c, keep)) * F.silu(last(z, keep))
+        q, k, v, gates = self._qkv_and_gates(c, x)
+        y, cell = self._cell(q, k, v, gates, cell, in_place, mask, cu_seqlens, keep, z, c, self.skip)
         return linear(self.down_proj, y, backend=self.backend), LayerState(cell, conv)
+
+    def _qkv_and_gates(self, c: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        maps, gate = (self.q_proj, self.k_proj, self.v_proj), self.gate_proj
+        width = self.q_proj.merged * self.config.mlstm_qkv_block_size
+        if (
+            HAS_TRITON
+            and c.dtype in (torch.float16, torch.bfloat16)
+            and resolve(self.backend, c) == "triton"
+            and width in WIDTHS
+            and all(is_alone(module, BlockDiagonalLinear) and module.bias is None for module in maps)
+            and is_alone(gate, GateLinear)
+        ):
+            squares = in_squares(torch.cat([module.weight for module in maps]).to(c.dtype), self.q_proj.merged)
+            return qkv_and_gates(c, x, squares.unflatten(0, (3, -1)), gate.weight, gate.bias)
+        q, k, v = self.q_proj(c), self.k_proj(c), self.v_proj(x)
+        return q, k, v, gate(torch.cat((q, k, v), -1))
 
 
 class SLSTMLayer(nn.Module):
@@ -467,7 +527,7 @@ class SLSTMLayer(nn.Module):
         H = config.slstm_num_heads
         D = config.hidden_size // H
         kernel_size = config.slstm_conv_kernel_size
-        self.conv = CausalConv1d(config.hidden_size, kernel_size) if kernel_size else None
+        self.conv = CausalConv1d(config.hidden_size, kernel_size, config.backend) if kernel_size else None
         # gates in the order i f z o
         dtype = gate_dtype(config)
         self.gate_weight = nn.Parameter(torch.empty(H, 4, D, D, dtype=dtype))  # [H, 4, D_out, D_in]

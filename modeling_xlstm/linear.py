@@ -69,10 +69,10 @@ def is_hooked(module: Any) -> bool:
     return any(getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks)
 
 
-def is_alone(module: Any) -> bool:
-    """Whether a module is only a linear layer: not quantised, adapted, hooked or compiled."""
+def is_alone(module: Any, kind: Any = nn.Linear) -> bool:
+    """Whether a module is only a linear layer of a kind: not quantised, adapted, hooked or compiled."""
     return (
-        type(module) is nn.Linear
+        type(module) is kind
         and type(module.weight) is nn.Parameter
         and not is_hooked(module)
         and not (module._backward_hooks or module._backward_pre_hooks or _has_any_global_hook())

@@ -35,9 +35,9 @@ def recipe(output_dir: str, paper: str = "xlstm-7b", **options: Any) -> Training
     `"xlstm"` is the first paper (https://arxiv.org/abs/2405.04517): a warm-up of 750 steps, however long the training
     is, and a cosine to a tenth of the learning rate, which the paper has smaller for larger models. `"xlstm-7b"` is
     https://arxiv.org/abs/2503.13427: of 550,000 steps, a warm-up of 3,000, an exponential decay to a tenth, and a
-    linear cool-down to 0 of 7,000, kept as shares of the steps: a shorter training has a schedule of the same shape. It needs
-    an `XLSTMTrainer`; a plain `Trainer` raises TypeError when it starts. Betas, decay and clipping are those of the
-    authors' code, NX-AI/xlstm-jax.
+    linear cool-down to 0 of 7,000, kept as shares of the steps: a shorter training has a schedule of the same
+    shape. It needs an `XLSTMTrainer`; a plain `Trainer` raises TypeError when it starts. Betas, decay and clipping are
+    those of the authors' code, NX-AI/xlstm-jax.
 
     `options` are further arguments of `TrainingArguments`, or other values of these; the batch, and how long to train,
     are among them. bfloat16 is on where there is a GPU that computes in it. Raises ValueError if `paper` is another.

@@ -22,6 +22,7 @@ __all__ = [
     "gdc_wait",
     "power_of_2",
     "processors",
+    "rows_of",
     "shared_memory",
     "tl",
     "triton",
@@ -39,6 +40,12 @@ def blocks_of(size: int, block: int) -> int:
 def power_of_2(size: int) -> int:
     """The smallest power of two that is not less."""
     return 1 << (size - 1).bit_length()
+
+
+def rows_of(x: torch.Tensor, width: int) -> torch.Tensor:
+    """`[B, T, ...]` as `[R, width]` with the last axis contiguous: a view where there is one."""
+    x = x.reshape(-1, width)
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def processors(device: torch.device) -> int:

@@ -11,10 +11,12 @@ from modeling_xlstm.gates_triton import gates
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS"),  # PyTorch's own, in a new thread of a backward pass
     needs_somewhere_to_run,
 ]
 
+DTYPES = [torch.float16]
+if GPU:  # the interpreter does not round to bfloat16
+    DTYPES += [torch.bfloat16]
 # sums of fewer inputs are rounded less by PyTorch than within tensor cores
 SHAPES = [(1, 9, 129, 1), (2, 30, 200, 2), (1, 33, 300, 16), (3, 7, 129, 34)]
 if GPU:
@@ -43,7 +45,7 @@ def one_by_one(x, weight, bias=None):
 
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("B, T, K, G", SHAPES)
 def test_values_and_gradients_are_right(B, T, K, G, dtype, weight_dtype, biased):
     x, dy = torch.randn(B, T, K).to(dtype), torch.randn(B, T, G)
@@ -58,7 +60,9 @@ def test_values_and_gradients_are_right(B, T, K, G, dtype, weight_dtype, biased)
     assert_each(assert_matches, actual, oracle, least_exact(oracle, *baselines))
 
 
-def test_the_op_is_registered_right():
+def test_the_ops_are_registered_right():
     x = torch.randn(2, 3, 32, device=DEVICE, requires_grad=True, dtype=torch.float16)
     weight, bias = torch.randn(4, 32, device=DEVICE, requires_grad=True), torch.randn(4, device=DEVICE)
     torch.library.opcheck(gates, (x, weight, bias))
+    dy = torch.randn(2, 3, 4, device=DEVICE)
+    torch.library.opcheck(torch.ops.modeling_xlstm.gates_backward, (dy, x.detach(), weight.detach()))

@@ -20,27 +20,32 @@ FORMS = {
     "offset": {"names": ("h", "o", "weight"), "offset": 1.0},
     "without a gate": {"names": ("h", "weight", "bias"), "offset": 0.0},
     "only a norm": {"names": ("h", "weight"), "offset": 1.0},
+    "first paper": {"names": ("h", "o", "weight", "c", "skip"), "offset": 1.0},
+    "first paper with a bias": {"names": ("h", "o", "weight", "bias", "c", "skip"), "offset": 0.0},
 }
 
 
 def drawn(B, T, H, V, dtype=torch.float32, weight_dtype=None, names=("h", "o", "weight", "bias")):
     """Inputs and the gradient of the output, on a CPU."""
-    shapes = {"h": (B, T, H, V), "o": (B, T, H * V), "weight": (H * V,), "bias": (H * V,), "dy": (B, T, H * V)}
-    dtypes = {"weight": weight_dtype or dtype, "bias": weight_dtype or dtype}
-    x = {name: torch.randn(shape).to(dtypes.get(name, dtype)) for name, shape in shapes.items()}
+    shapes = {"h": (B, T, H, V), **dict.fromkeys(("o", "c", "dy"), (B, T, H * V))}
+    channels = dict.fromkeys(("weight", "bias", "skip"), (H * V,))
+    x = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+    x |= {name: torch.randn(shape).to(weight_dtype or dtype) for name, shape in channels.items()}
     x["h"] = 2 * x["h"] + 1
     return {name: x[name] for name in (*names, "dy")}
 
 
-def kernels(h, weight, o=None, bias=None, offset=0.0, eps=1e-6):
+def kernels(h, weight, o=None, bias=None, c=None, skip=None, offset=0.0, eps=1e-6):
     """The op on the device, for inputs and results on the CPU."""
-    h, o, weight, bias = (None if x is None else x.to(DEVICE) for x in (h, o, weight, bias))
-    return gated_head_norm(h, o, weight, bias, offset, eps).cpu()
+    h, o, weight, bias, c, skip = (None if x is None else x.to(DEVICE) for x in (h, o, weight, bias, c, skip))
+    return gated_head_norm(h, o, weight, bias, offset, eps, c, skip).cpu()
 
 
-def plain(h, weight, o=None, bias=None, offset=0.0, eps=1e-6):
+def plain(h, weight, o=None, bias=None, c=None, skip=None, offset=0.0, eps=1e-6):
     y = F.layer_norm(h, h.shape[-1:], eps=eps).flatten(-2) * (weight + offset)
     y = y if bias is None else y + bias
+    if c is not None:
+        return ((y + skip * c) * F.silu(o)).to(h.dtype)
     return (y if o is None else torch.sigmoid(o) * y).to(h.dtype)
 
 
@@ -108,9 +113,9 @@ def test_rows_beyond_the_end_do_not_divide_by_an_eps_of_zero():
 @pytest.mark.parametrize("V", [24, 17])
 def test_slices_of_fused_projections_are_as_good_as_copies(V):
     B, T, H = 2, 9, 3
-    x = drawn(B, T, H, V)
+    x = drawn(B, T, H, V, names=("h", "o", "weight", "c", "skip"))
     expected = output_and_grads(kernels, x)
-    widths = {"h": 2, "o": 3, "dy": 4}
+    widths = {"h": 2, "o": 3, "dy": 4, "c": 2}
     views = {name: torch.full((B, T, n * H * V), torch.nan)[..., H * V : 2 * H * V] for name, n in widths.items()}
     views["h"] = views["h"].unflatten(-1, (H, V))
     for name, view in views.items():
@@ -153,9 +158,10 @@ def test_unneeded_gradients_are_left_out():
 def test_the_op_keeps_the_promises_of_a_custom_op(form):
     x = {name: t.to(DEVICE).requires_grad_() for name, t in drawn(2, 5, 3, 8, names=FORMS[form]["names"]).items()}
     inputs = [x.get(name) for name in ("h", "o", "weight", "bias")]
-    torch.library.opcheck(torch.ops.modeling_xlstm.gated_head_norm, (*inputs, FORMS[form]["offset"], 1e-6))
-    detached = [None if t is None else t.detach() for t in (x["dy"], *inputs)]
-    torch.library.opcheck(torch.ops.modeling_xlstm.gated_head_norm_backward, (*detached, FORMS[form]["offset"], 1e-6))
+    skipped, numbers = [x.get(name) for name in ("c", "skip")], (FORMS[form]["offset"], 1e-6)
+    torch.library.opcheck(torch.ops.modeling_xlstm.gated_head_norm, (*inputs, *numbers, *skipped))
+    *detached, c, skip = (None if t is None else t.detach() for t in (x["dy"], *inputs, *skipped))
+    torch.library.opcheck(torch.ops.modeling_xlstm.gated_head_norm_backward, (*detached, *numbers, c, skip))
 
 
 @pytest.mark.parametrize("form", FORMS)
