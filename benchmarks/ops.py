@@ -41,7 +41,7 @@ from tqdm import tqdm
 OURS = "modeling_xlstm"
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE, DTYPE = "cuda", torch.bfloat16
-CHUNK, GRAPHED, EPS = 256, 32, 1e-6
+CHUNK, GRAPHED, EPS, CAP = 256, 32, 1e-6, 30.0
 TEXTS = ("op", "shape", "implementation", "remark", "version", "gpu", "torch", "triton")  # columns without numbers
 SHOWN = {"ms": "{:.4f}", "of ours": "{:.2f}", "extra GiB": "{:.2f}", "of copy": "{:.0%}", "of matmul": "{:.0%}"}
 LONGEST_BAR = 6
@@ -146,6 +146,17 @@ def slstm_flops(s: Shape) -> int:
     return s.B * s.T * s.H * 8 * s.K**2
 
 
+def loss_inputs(s: Shape) -> Inputs:
+    """Hidden states `[B T, K]` of a model with V words, the projection to these, and what comes next."""
+    labels = torch.randint(s.V, (s.B * s.T,), device=DEVICE)
+    return {"x": normal(s.B * s.T, s.K), "weight": normal(s.V, s.K) / s.K**0.5, "labels": labels}
+
+
+def loss_traffic(s: Shape) -> int:
+    """Hidden states, projection and labels are read, the gradients of the first two written."""
+    return 2 * 2 * s.K * (s.B * s.T + s.V) + 8 * s.B * s.T
+
+
 def gated_step_traffic(s: Shape) -> int:
     """As a step, and the output gate and the norm's weight are read."""
     return step_traffic(s) + 2 * (s.B + 1) * s.H * s.V
@@ -190,6 +201,24 @@ def lstm_inputs(x: Inputs) -> Inputs:
     B, T, H, _, D = x["gates"].shape
     width = H * D
     return {"x": normal(B, T, width), "lstm": torch.nn.LSTM(width, width, batch_first=True, device=DEVICE, dtype=DTYPE)}
+
+
+def loss_of_logits(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    from modeling_xlstm.logits_triton import cross_entropy
+
+    return cross_entropy(x @ weight.t(), labels, CAP)[0]
+
+
+def loss_by_formula(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    logits = (x @ weight.t()).float()
+    return F.cross_entropy(CAP * torch.tanh(logits / CAP), labels, reduction="sum")
+
+
+def liger(**options: Any) -> Callable:
+    loss = imported("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss")(
+        reduction="sum", softcap=CAP, **options
+    )
+    return lambda x, weight, labels: loss(weight, x, labels)
 
 
 STEP_OPTIONS = {"mask": None, "input_gate": "exp", "gate_soft_cap": None, "eps": EPS}
@@ -243,6 +272,15 @@ SLSTM = (
         "dense, and with the product of its inputs; no gradients of weights",
     ),
 )  # fmt: skip
+LOSS = (
+    Implementation(
+        OURS, OURS, lambda: imported("modeling_xlstm.logits_triton", "linear_cross_entropy", cap=CAP),
+    ),
+    Implementation(f"{OURS}, all logits", OURS, lambda: loss_of_logits),
+    Implementation("Liger", "liger_kernel", lambda: liger(accum_dtype=torch.float32)),
+    Implementation("Liger as it is", "liger_kernel", liger, differs="adds parts of gradients in bfloat16"),
+    Implementation("formula", "torch", lambda: loss_by_formula),
+)  # fmt: skip
 SHAPES = (
     Shape("7B", 4, 8192, 8, 256, 512),
     Shape("7B-2k", 16, 2048, 8, 256, 512),
@@ -259,6 +297,7 @@ SCANS = (
     Shape("1x768", 16, 1024, 1, 768, 768),
     Shape("4x256-64", 64, 1024, 4, 256, 256),
 )
+VOCABULARIES = (Shape("400M-head", 8, 2048, 1, 1024, 50304), Shape("7B-head", 4, 2048, 1, 4096, 50304))
 FORWARD = Op(
     "mlstm forward", "h of whole sequences", ("tests/test_mlstm_triton.py",), SHAPES + LONG, CHUNKWISE,
     lambda s: mlstm_inputs(s, s.T), chunkwise_traffic, chunkwise_flops,
@@ -300,6 +339,11 @@ OPS = (
         traffic=partial(slstm_traffic, backward=True),
         flops=lambda s: 3 * slstm_flops(s),
         backward=True,
+    ),
+    Op(
+        "loss forward + backward", "the loss of a language model and the gradients of hidden states and projection",
+        ("tests/test_logits_triton.py",), VOCABULARIES, LOSS, loss_inputs, loss_traffic,
+        lambda s: 3 * 2 * s.B * s.T * s.K * s.V, backward=True,
     ),
 )  # fmt: skip
 
@@ -363,7 +407,7 @@ def prepared(op: Op, shape: Shape, implementation: Implementation) -> Callable[[
     if not op.backward:
         return forward
     dh = torch.randn_like(forward()[0])
-    leaves = [t.requires_grad_() for t in x.values() if isinstance(t, Tensor)]
+    leaves = [t.requires_grad_() for t in x.values() if isinstance(t, Tensor) and t.is_floating_point()]
 
     def forward_and_backward() -> list[Tensor]:
         h = tree_leaves(function(**x))[0]

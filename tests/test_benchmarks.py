@@ -9,6 +9,7 @@ import torch
 from numerics import assert_exact
 
 from benchmarks import generation, ops, training
+from modeling_xlstm.fused import causal_lm_loss, soft_cap
 
 
 SMALL = ops.Shape("small", B=1, T=3, H=2, K=4, V=8)
@@ -69,6 +70,9 @@ def test_bytes_and_flops_are_those_counted_by_hand():
     assert OP["slstm forward + backward"].traffic(SMALL) == 496 + 2 * (gates + R) + h == 1440
     assert OP["slstm forward"].flops(SMALL) == tokens * 4 * 2 * 16
     assert OP["slstm forward + backward"].flops(SMALL) == 3 * tokens * 4 * 2 * 16
+    hidden, projection, labels = 3 * 4 * 2, 8 * 4 * 2, 3 * 8
+    assert OP["loss forward + backward"].traffic(SMALL) == 2 * (hidden + projection) + labels == 200
+    assert OP["loss forward + backward"].flops(SMALL) == 3 * (2 * 3 * 4 * 8)
 
 
 @pytest.mark.parametrize("op", ["mlstm forward", "mlstm step", "mlstm gated step", "gated head norm"])
@@ -130,6 +134,18 @@ def test_the_formula_of_the_head_norm_is_right(cpu):
     h = x["h"] - x["h"].mean(-1, keepdim=True)
     h = h / (h.square().mean(-1, keepdim=True) + ops.EPS).sqrt()
     assert_exact(formula.load()(**x), h.flatten(-2) * x["weight"] / (1 + (-x["o"]).exp()))
+
+
+def test_the_formula_of_the_loss_is_right(cpu):
+    shape = ops.Shape("small", B=2, T=5, H=1, K=8, V=30)
+    op = OP["loss forward + backward"]
+    (formula,) = (peer for peer in op.implementations if peer.name == "formula")
+    loss, *grads = ops.prepared(op, shape, formula)()
+    assert loss.shape == () and [grad.shape for grad in grads] == [(10, 8), (30, 8)]
+    x = op.inputs(shape)
+    logits = soft_cap(x["x"] @ x["weight"].t(), ops.CAP)
+    expected = 10 * causal_lm_loss(logits[None], None, 30, shift_labels=x["labels"][None])
+    torch.testing.assert_close(ops.loss_by_formula(**x), expected, atol=0.05, rtol=0.01)  # these logits are rounded
 
 
 def test_the_module_imports_no_peer_and_no_triton():
