@@ -44,6 +44,11 @@ def resolve(requested: str, tensor: torch.Tensor, op: str = "mLSTM") -> str:
     )
 
 
+def needs_triton(requested: str, tensor: torch.Tensor) -> bool:
+    """Whether `resolve` gives Triton to what a compiler would make one kernel of by itself, and none does here."""
+    return HAS_TRITON and not torch.compiler.is_compiling() and resolve(requested, tensor) == "triton"
+
+
 gpu_properties = cache(torch.cuda.get_device_properties)
 
 

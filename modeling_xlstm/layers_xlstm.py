@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .backends import HAS_TRITON, resolve
+from .backends import HAS_TRITON, needs_triton, resolve
 from .cache_xlstm import LayerState
 from .checks import check_float, check_like, check_sequence, full_precision, state_dtype
 from .configuration_xlstm import XLSTMConfig
@@ -49,7 +49,7 @@ class XLSTMNorm(nn.Module):
 
     def __init__(self, config: XLSTMConfig):
         super().__init__()
-        self.rms, self.eps = config.norm_type == "rms_norm", config.norm_eps
+        self.rms, self.eps, self.backend = config.norm_type == "rms_norm", config.norm_eps, config.backend
         self.weight = nn.Parameter(torch.empty(config.hidden_size))
         self.bias = nn.Parameter(torch.empty(config.hidden_size)) if self.rms and config.use_bias else None
         self.reset_parameters()
@@ -60,6 +60,8 @@ class XLSTMNorm(nn.Module):
             init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.rms and needs_triton(self.backend, x):
+            return gated_head_norm(x.unsqueeze(-2), None, self.weight, None, 1.0, self.eps)
         if not self.rms:
             return F.layer_norm(x, self.weight.shape, 1 + self.weight, None, self.eps)
         y = rms_norm(x, self.weight, self.eps)

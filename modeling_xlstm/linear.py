@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
-from .backends import HAS_ONEDNN_LINEAR, HAS_TRITON, INTERPRETED, resolve
+from .backends import HAS_ONEDNN_LINEAR, HAS_TRITON, INTERPRETED, needs_triton, resolve
 from .fused import soft_cap
 from .linear_packed import PACKED
 
@@ -158,8 +158,7 @@ def _onednn_product(module: Any, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _glu(x: Tensor, activation: str, backend: str) -> Tensor:
-    # a compiler makes one kernel of what PyTorch computes
-    if HAS_TRITON and not torch.compiler.is_compiling() and resolve(backend, x) == "triton":
+    if needs_triton(backend, x):
         return gated_linear_unit(x, activation)
     gate, up = x.chunk(2, -1)
     return ACTIVATIONS[activation](gate) * up

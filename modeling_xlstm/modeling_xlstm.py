@@ -207,7 +207,7 @@ class XLSTMPreTrainedModel(PreTrainedModel):
 
     def set_backend(self, backend: str) -> None:
         """Selects the kernels of every layer: `"auto"`, `"torch"` or `"triton"`; raises if they cannot run here."""
-        kinds = MLSTMLayer | MLSTMPreUpLayer | SLSTMLayer | GatedFeedForward | GateLinear | CausalConv1d
+        kinds = MLSTMLayer | MLSTMPreUpLayer | SLSTMLayer | GatedFeedForward | GateLinear | CausalConv1d | XLSTMNorm
         layers = [x for x in self.modules() if isinstance(x, kinds)]
         for layer in layers:
             if isinstance(layer, SLSTMLayer):
