@@ -2,6 +2,7 @@
 
     python checkpoints/train.py --data DIR --out checkpoints/xlstm-demo --max-minutes 9
 
+The blocks are those of xLSTM-7B; `--stack 7:1` takes those of the first paper instead, one in eight of them an sLSTM.
 With `--max-minutes` alone, a few rehearsal steps are timed and the schedule is sized to end in time; `--steps` fixes
 its length. A run whose time is up stops cleanly, and goes on with `--resume`. No network is needed. The model card is
 `model_card.md` with what was measured.
@@ -24,18 +25,18 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import AutoTokenizer, EvalPrediction, GenerationConfig, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoTokenizer, EvalPrediction, GenerationConfig, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 import modeling_xlstm
 from modeling_xlstm import XLSTMConfig, XLSTMForCausalLM, count_parameters
+from modeling_xlstm.training_xlstm import XLSTMTrainer
 
 
 STARTED = time.monotonic()
 FINISH_SECONDS = 60  # of the budget, kept for the last evaluation, samples and saving
 REHEARSAL, WARM = 16, 6  # steps, and how many of them are not timed
 EVALUATIONS = 10  # while training
-BLOCK_TYPES = ["mlstm", "slstm", "mlstm", "mlstm", "mlstm", "slstm", "mlstm", "mlstm", "mlstm"]
 HELD_OUT_COLUMN = "held_out_bits_per_byte"  # in loss.csv
 CARD = Path(__file__).with_name("model_card.md")
 PROMPTS = [
@@ -101,8 +102,10 @@ def warmup_steps(args: argparse.Namespace, steps: int) -> int:
     return min(args.warmup_steps, steps // 10)
 
 
-def make_trainer(args: argparse.Namespace, data: dict, model: XLSTMForCausalLM, steps: int, **options) -> Trainer:
-    """A Trainer for `steps` steps whose `evaluate` gives the bits per byte of the held-out text."""
+def make_trainer(
+    args: argparse.Namespace, data: dict, model: XLSTMForCausalLM, steps: int, **options
+) -> XLSTMTrainer:  # fmt: skip
+    """A trainer for `steps` steps whose `evaluate` gives the bits per byte of the held-out text."""
     train = np.load(args.data / "train.npy", mmap_mode="r")
     held_out = np.load(args.data / "held_out.npy")
 
@@ -118,7 +121,7 @@ def make_trainer(args: argparse.Namespace, data: dict, model: XLSTMForCausalLM, 
         "learning_rate": args.learning_rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": warmup_steps(args, steps),
-        "weight_decay": 0.1,  # the Trainer leaves out norms and biases
+        "weight_decay": 0.1,  # of linear maps
         "adam_beta1": 0.9,
         "adam_beta2": 0.95,
         "max_grad_norm": 1.0,
@@ -130,7 +133,7 @@ def make_trainer(args: argparse.Namespace, data: dict, model: XLSTMForCausalLM, 
         "report_to": "none",
         "disable_tqdm": True,
     }
-    return Trainer(
+    return XLSTMTrainer(
         model,
         TrainingArguments(**{**settings, **options}),
         train_dataset=TrainWindows(train, args.window, steps * args.batch_size, args.seed),
@@ -152,7 +155,18 @@ def rehearse(args: argparse.Namespace, data: dict, config: XLSTMConfig) -> float
 def plan(args: argparse.Namespace, data: dict, config: XLSTMConfig) -> dict:
     """The settings of the run; `steps` is given, sized to the budget, or that of the run to resume."""
     path = args.run / "plan.json"
-    names = ("batch_size", "window", "learning_rate", "warmup_steps", "dropout", "seed")
+    names = (
+        "stack",
+        "width",
+        "blocks",
+        "heads",
+        "batch_size",
+        "window",
+        "learning_rate",
+        "warmup_steps",
+        "dropout",
+        "seed",
+    )
     settings = {name: getattr(args, name) for name in names} | {"recipe": data["recipe"]}
     if args.resume:
         if not path.exists():
@@ -258,6 +272,10 @@ def main() -> None:
     parser.add_argument("--max-minutes", type=float, help="time for everything after the imports")
     parser.add_argument("--steps", type=int, help="length of the schedule; by default what fits into --max-minutes")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run")
+    parser.add_argument("--stack", help="ratio of mLSTM to sLSTM blocks of the first paper, such as 7:1")
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
@@ -272,18 +290,16 @@ def main() -> None:
     args.run = args.run or Path("runs", args.out.name)
     data = json.loads((args.data / "data.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(args.data)
-    config = XLSTMConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=256,
-        num_hidden_layers=len(BLOCK_TYPES),
-        num_heads=4,
-        block_types=BLOCK_TYPES,
-        dropout=args.dropout,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    options = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": args.width,
+        "num_hidden_layers": args.blocks,
+        "num_heads": args.heads,
+        "dropout": args.dropout,
+        "tie_word_embeddings": True,
+        **{name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+    }
+    config = XLSTMConfig.from_ratio(args.stack, **options) if args.stack else XLSTMConfig(**options)
     settings = plan(args, data, config)
     steps = settings["steps"]
     every = max(1, steps // EVALUATIONS)
