@@ -68,7 +68,7 @@ class Size(NamedTuple):
 
 
 TEXT = Size(512, 8, 16, 4, 8, batch=64, length=512, steps=1000, learning_rate=2e-3)
-SMALL = Size(256, 8, 16, 4, 4, batch=128, length=512, steps=800, learning_rate=3e-3)
+SMALL = Size(352, 4, 8, 4, 4, batch=128, length=512, steps=800, learning_rate=3e-3)
 LANGUAGES = Size(64, 2, 2, 1, 4, batch=256, length=40, steps=4000, learning_rate=3e-3)
 TINY = Size(32, 2, 2, 1, 2, batch=2, length=16, steps=12, learning_rate=1e-3)
 TEST = 256  # symbols
