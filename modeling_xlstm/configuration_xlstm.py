@@ -107,6 +107,7 @@ class XLSTMConfig(PreTrainedConfig):
 
     model_type = "xlstm_lm"
     keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"final_logit_softcapping": "output_logit_soft_cap"}  # where others, such as TRL, look for it
 
     vocab_size: int = 50304
     hidden_size: int = 4096
@@ -156,6 +157,8 @@ class XLSTMConfig(PreTrainedConfig):
         if self.slstm_num_heads is None:
             self.slstm_num_heads = self.num_heads
         super().__post_init__(**kwargs)
+        if not hasattr(self, "auto_map"):  # which TRL reads of every model that is not part of Transformers
+            self.auto_map: dict[str, str] = {}
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -176,7 +179,8 @@ class XLSTMConfig(PreTrainedConfig):
         if (peft := sys.modules.get("peft.utils.constants")) is not None:
             targets = peft.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
             targets.setdefault(self.model_type, list(LORA_TARGETS))
-        return super().to_dict()
+        fields = super().to_dict()
+        return {name: value for name, value in fields.items() if name != "auto_map" or value}
 
     @classmethod
     def from_ratio(cls, ratio: str, **kwargs: Any) -> "XLSTMConfig":

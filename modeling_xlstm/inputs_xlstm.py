@@ -80,13 +80,28 @@ def padding_mask(attention_mask: Tensor | None, B: int, T: int, cache: XLSTMCach
     return mask
 
 
+def check_some_token(attention_mask: Tensor) -> None:
+    """A batch to train on has more than padding; an accelerator is not waited for."""
+    if attention_mask.device.type == "cpu" and not torch.compiler.is_compiling() and not attention_mask.any():
+        raise ValueError(
+            "attention_mask must have a 1 where there are labels to predict, got only 0, which is padding."
+        )
+
+
 def packed_bounds(
     kwargs: Mapping[str, Any], B: int, T: int, device: torch.device, mask: Tensor | None
 ) -> Tensor | None:  # fmt: skip
-    """Boundaries of packed sequences, as collators give them."""
+    """Boundaries of packed sequences, as collators give them; the mask hides nothing then."""
     bounds, positions = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
     if bounds is None and positions is not None and T > 1:
         bounds = _restarts(positions, B, T, mask)
+    if bounds is not None and mask is not None:
+        if torch.compiler.is_compiling() or not mask.all():
+            raise ValueError(
+                "attention_mask must be left out, as packed sequences have no padding, got one with position_ids that "
+                "restart or with cu_seq_lens_q."
+            )
+        mask = None
     check_sequence(B, T, device, mask, bounds)
     return None if bounds is None else bounds.to(torch.int32)
 

@@ -36,7 +36,15 @@ from .configuration_xlstm import XLSTMConfig
 from .fused import causal_lm_loss, causal_lm_loss_in_parts, soft_cap
 from .generation_xlstm import XLSTMGenerationMixin
 from .graphs_xlstm import ACTIVE
-from .inputs_xlstm import check_cache, check_checkpointing, check_embeds, check_ids, packed_bounds, padding_mask
+from .inputs_xlstm import (
+    check_cache,
+    check_checkpointing,
+    check_embeds,
+    check_ids,
+    check_some_token,
+    packed_bounds,
+    padding_mask,
+)  # fmt: skip
 from .layers_xlstm import (
     BlockDiagonalLinear,
     CausalConv1d,
@@ -287,6 +295,7 @@ class XLSTMModel(XLSTMPreTrainedModel):
             check_checkpointing(self)
         mask = padding_mask(attention_mask, B, T, cache)
         cu_seqlens = packed_bounds(kwargs, B, T, given.device, mask)
+        mask = mask if cu_seqlens is None else None
         if cu_seqlens is not None and cache is not None:
             if past_key_values is not None:
                 raise ValueError(
@@ -459,6 +468,8 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, XLSTMGenerationMixin):
         if labels is None:
             logits, loss = self.logits(x), None
         else:
+            if attention_mask is not None:
+                check_some_token(attention_mask)
             logits, loss = self._logits_and_loss(x, labels, skip_logits, **kwargs)
         if not self.training and logits is not None:
             _check_finite(logits)
@@ -478,7 +489,9 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, XLSTMGenerationMixin):
     def _logits_and_loss(
         self, x: Tensor, labels: Tensor, skip_logits: bool, **kwargs: Any
     ) -> tuple[Tensor | None, Tensor]:
-        _check_label_shape(labels, x)
+        for name, given in (("labels", labels), ("shift_labels", kwargs.get("shift_labels"))):
+            if given is not None:
+                _check_label_shape(name, given, x)
         config, head, backend = self.config, self.lm_head, self.config.backend
         options: dict[str, Any] = {"labels": labels, "vocab_size": config.vocab_size, **kwargs}
         in_triton = self.loss_function is causal_lm_loss and HAS_TRITON and resolve(backend, x) == "triton"
@@ -494,12 +507,12 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, XLSTMGenerationMixin):
         return logits, self.loss_function(logits=logits, **options)
 
 
-def _check_label_shape(labels: Tensor, x: Tensor) -> None:
+def _check_label_shape(name: str, labels: Tensor, x: Tensor) -> None:
     """x has an entry for each logit."""
     if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a tensor [B, T], got {type(labels).__name__}.")
+        raise TypeError(f"{name} must be a tensor [B, T], got {type(labels).__name__}.")
     if labels.shape != x.shape[:2]:
-        raise ValueError(f"labels must have shape {tuple(x.shape[:2])} like the logits, got {tuple(labels.shape)}.")
+        raise ValueError(f"{name} must have shape {tuple(x.shape[:2])} like the logits, got {tuple(labels.shape)}.")
 
 
 def _check_finite(logits: Tensor) -> None:
@@ -516,6 +529,8 @@ def _check_finite(logits: Tensor) -> None:
 
 class XLSTMForSequenceClassification(XLSTMPreTrainedModel):
     """A label for each sequence, read at its last token that is not padding."""
+
+    accepts_loss_kwargs = False  # its loss is a mean, which `Trainer` divides where a batch is accumulated
 
     def __init__(self, config: XLSTMConfig):
         super().__init__(config)
@@ -592,6 +607,8 @@ class XLSTMForSequenceClassification(XLSTMPreTrainedModel):
 
 class XLSTMForTokenClassification(GenericForTokenClassification, XLSTMPreTrainedModel):
     """A label for each token."""
+
+    accepts_loss_kwargs = False  # its loss is a mean, which `Trainer` divides where a batch is accumulated
 
     def __init__(self, config: XLSTMConfig):
         # that of Transformers asks AutoModel for the stack, which does not know classes loaded from a checkpoint's code

@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .cache_xlstm import XLSTMCache
 from .fingerprint import find_stack
 from .layers_xlstm import BlockDiagonalLinear, SLSTMLayer
+from .modeling_xlstm import XLSTMForCausalLM
 
 
 STATE = "state.safetensors"  # in a checkpoint
@@ -40,7 +41,8 @@ def recipe(output_dir: str, paper: str = "xlstm-7b", **options: Any) -> Training
     those of the authors' code, NX-AI/xlstm-jax.
 
     `options` are further arguments of `TrainingArguments`, or other values of these; the batch, and how long to train,
-    are among them. bfloat16 is on where there is a GPU that computes in it. Raises ValueError if `paper` is another.
+    are among them, and single `lr_scheduler_kwargs`. bfloat16 is on where there is a GPU that computes in it, unless
+    `fp16` is. Raises ValueError if `paper` is another.
     """
     schedules: dict[str, dict[str, Any]] = {
         "xlstm": {
@@ -62,7 +64,12 @@ def recipe(output_dir: str, paper: str = "xlstm-7b", **options: Any) -> Training
     }
     if paper not in schedules:
         raise ValueError(f"paper must be one of {', '.join(schedules)}, got {paper!r}.")
-    on_gpu = torch.cuda.is_available() and not options.get("use_cpu")
+    schedule = schedules[paper]
+    defaults, given = schedule.pop("lr_scheduler_kwargs"), options.pop("lr_scheduler_kwargs", None) or {}
+    theirs, asked = {**schedule, **defaults}, {**schedule, **defaults, **options, **given}
+    same = all(asked.get(name) == theirs.get(name) for name in ("lr_scheduler_type", "decay_type"))
+    schedule["lr_scheduler_kwargs"] = {**defaults, **given} if same else given  # another kind has none of these
+    on_gpu = torch.cuda.is_available() and not (options.get("use_cpu") or options.get("fp16"))
     common = {
         "adam_beta1": 0.9,
         "adam_beta2": 0.95,
@@ -70,7 +77,7 @@ def recipe(output_dir: str, paper: str = "xlstm-7b", **options: Any) -> Training
         "max_grad_norm": 0.5,
         "bf16": on_gpu and torch.cuda.is_bf16_supported(including_emulation=False),
     }
-    return TrainingArguments(output_dir, **{**common, **schedules[paper], **options})
+    return TrainingArguments(output_dir, **{**common, **schedule, **options})
 
 
 def exponential_schedule(
@@ -125,7 +132,8 @@ def decaying(model: nn.Module) -> list[str]:
 class Windows(Dataset):
     """Windows of one long text, in such an order that row b of each batch goes on where that of the batch before ended.
 
-    The text is cut into B parts of one length; what does not fill a window is left out. Items have `input_ids` and
+    The text is cut into B parts of one length; what does not fill a window is left out. It takes an `XLSTMTrainer` to
+    carry the states on. Items have `input_ids` and
     `shift_labels`, the tokens after them, `[T]` int64 each; `labels`, which say that there is a loss; and `window`, how
     many come before it.
     """
@@ -133,7 +141,11 @@ class Windows(Dataset):
     def __init__(self, text: Sequence[int] | Tensor, batch_size: int, length: int):
         if batch_size < 1 or length < 1:
             raise ValueError(f"batch_size and length must be at least 1, got {batch_size} and {length}.")
-        self.text = torch.as_tensor(text, dtype=torch.int64)
+        self.text = torch.as_tensor(text)
+        if self.text.dim() != 1 or self.text.is_floating_point() or self.text.is_complex():
+            raise ValueError(
+                f"A text must be a row of token ids, got {self.text.dtype} of shape {tuple(self.text.shape)}."
+            )
         self.batch_size, self.length = batch_size, length
         self.part = len(self.text) // batch_size
         self.count = (self.part - 1) // length
@@ -151,8 +163,7 @@ class Windows(Dataset):
             raise IndexError(f"index must be from 0 to {len(self) - 1}, got {index}.")
         window, row = divmod(index, self.batch_size)
         start = row * self.part + window * self.length
-        ids = self.text[start : start + self.length]
-        after = self.text[start + 1 : start + self.length + 1]
+        ids, after = (self.text[at : at + self.length].to(torch.int64) for at in (start, start + 1))
         return {"input_ids": ids, "labels": ids, "shift_labels": after, "window": window}
 
 
@@ -161,9 +172,11 @@ class XLSTMTrainer(Trainer):
     row from step to step where the data are `Windows`: truncated backpropagation through time.
 
     States start empty with each pass over the text, are detached between steps, and are kept in checkpoints, so that
-    what is resumed goes on as if nothing had been. Evaluation starts each batch from an empty state.
+    what is resumed goes on as if nothing had been. Evaluation starts each batch from an empty state. A language model
+    that computes its loss itself does so without all of its logits in memory (`skip_logits`).
 
-    Raises ValueError if windows do not follow each other, or are to be trained on several devices.
+    Raises ValueError if windows do not follow each other, or are to be trained on several devices or with smoothed
+    labels, and if a checkpoint of such a training has no states.
     """
 
     cache: XLSTMCache | None = None
@@ -187,10 +200,17 @@ class XLSTMTrainer(Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if not isinstance(dataset, Windows):
             return super()._get_train_sampler(train_dataset)
-        rows, size, processes = dataset.batch_size, self.args.train_batch_size, self.args.world_size
-        if rows != size or processes > 1:
+        rows, size, devices = (
+            dataset.batch_size,
+            self.args.train_batch_size,
+            self.args.world_size * max(1, self.args.n_gpu),
+        )
+        if rows != size or devices > 1:
+            raise ValueError(f"Windows of {rows} rows need one device and batches of as many, got {devices} of {size}.")
+        if self.args.label_smoothing_factor:
             raise ValueError(
-                f"Windows of {rows} rows need one device and batches of as many, got {processes} of {size}."
+                f"label_smoothing_factor must be 0 to train on Windows, got {self.args.label_smoothing_factor}: it "
+                "knows no labels that are shifted already."
             )
         return SequentialSampler(dataset)
 
@@ -200,30 +220,45 @@ class XLSTMTrainer(Trainer):
             columns: Any = self._signature_columns
             columns += ["shift_labels", "window"]
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def _needs_no_logits(self, model: nn.Module, return_outputs: bool) -> bool:
+        if not model.training or return_outputs or self.label_smoother or self.compute_loss_func:
+            return False
+        base: Any = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        return isinstance(base.get_base_model() if hasattr(base, "get_base_model") else base, XLSTMForCausalLM)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:  # fmt: skip
         window = inputs.pop("window", None)
+        if "labels" in inputs and self._needs_no_logits(model, return_outputs):
+            inputs = {**inputs, "skip_logits": True}
         if window is None or not model.training:
-            return super().compute_loss(model, inputs, *args, **kwargs)
+            return super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
         first, last = int(window.min()), int(window.max())
         if first == 0:
             self.cache, self.windows = XLSTMCache(find_stack(self.model).config), 0
         if first != last or first != self.windows or self.cache is None:
             raise ValueError(f"Window {self.windows} must come next in each row, got windows {first} to {last}.")
-        result = super().compute_loss(model, {**inputs, "past_key_values": self.cache}, *args, **kwargs)
+        inputs = {**inputs, "past_key_values": self.cache}
+        result = super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
         self.cache.detach_()
         self.windows += 1
         return result
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.cache is not None:
+        if self.cache is not None:  # first, as a checkpoint that seems complete is, and those before it are deleted
             folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            folder.mkdir(parents=True, exist_ok=True)
             self.cache.save(folder / STATE, self.model)
+        super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = Path(resume_from_checkpoint, STATE)
-        if path.is_file():
+        if isinstance(self.train_dataset, Windows):
+            path = Path(resume_from_checkpoint, STATE)
+            if not path.is_file():
+                raise ValueError(
+                    f"A checkpoint of a training on Windows must hold {STATE}, got {path.parent} without it."
+                )
             self.cache = XLSTMCache.load(path, self.model)
-            data: Any = self.train_dataset
-            self.windows = self.cache.get_seq_length() // data.length
+            self.windows = self.cache.get_seq_length() // self.train_dataset.length

@@ -14,6 +14,16 @@ EMBEDS = torch.zeros(2, 20, 32)
 
 # name: error, sentence, input
 INPUTS = {
+    "nothing but padding": (
+        ValueError,
+        "attention_mask must have a 1 where there are labels to predict, got only 0",
+        {"input_ids": IDS, "labels": IDS, "attention_mask": torch.zeros_like(IDS)},
+    ),
+    "shifted labels that are too short": (
+        ValueError,
+        r"shift_labels must have shape \(2, 20\) like the logits, got \(2, 19\)",
+        {"input_ids": IDS, "labels": IDS, "shift_labels": IDS[:, 1:]},
+    ),
     "float ids": (TypeError, "input_ids must be int64 or int32, got torch.float32", {"input_ids": IDS.float()}),
     "bool ids": (TypeError, "input_ids must be int64 or int32, got torch.bool", {"input_ids": IDS > 5}),
     "int8 ids": (TypeError, "input_ids must be int64 or int32, got torch.int8", {"input_ids": IDS.to(torch.int8)}),

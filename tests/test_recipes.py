@@ -62,6 +62,8 @@ def test_bfloat16_is_on_where_the_gpu_that_trains_has_it(available, native, use_
     )
     recipe(str(tmp_path), use_cpu=use_cpu)
     assert asked["bf16"] == (available and native and not use_cpu)
+    recipe(str(tmp_path), fp16=True)
+    assert not asked["bf16"]
 
 
 # the schedule
@@ -116,6 +118,18 @@ def test_other_schedules_are_those_of_transformers(tmp_path):
     assert trainer.create_scheduler(20) is given
 
 
+def test_single_settings_of_the_schedule_may_be_others(tmp_path):
+    rate = schedule_of(tmp_path, 1_000, lr_scheduler_kwargs={"min_lr_ratio": 0.2})
+    assert rate(1_000 - 13) == pytest.approx(0.2 * 5e-4)
+    args = recipe(str(tmp_path), lr_scheduler_kwargs={"decay_type": "exponential"})
+    assert args.lr_scheduler_kwargs == recipe(str(tmp_path)).lr_scheduler_kwargs
+
+
+def test_another_schedule_has_none_of_these_settings(tmp_path):
+    rate = schedule_of(tmp_path, 20, lr_scheduler_type="cosine", warmup_steps=4)
+    assert [rate(step) for step in (0, 4, 12, 20)] == pytest.approx([0, 5e-4, 2.5e-4, 0])
+
+
 # a training
 
 
@@ -148,9 +162,6 @@ def test_what_is_resumed_goes_on_with_the_schedule(tmp_path):
 def test_a_plain_trainer_refuses_the_exponential_decay(tmp_path):
     with pytest.raises(TypeError, match="unexpected keyword argument 'num_cooldown_steps'"):
         trainer_of(tmp_path, cls=Trainer, max_steps=12).train()
-    kwargs = {"decay_type": "exponential", "num_decay_steps": 5}
-    with pytest.raises(ValueError, match="Unknown decay type: exponential"):
-        trainer_of(tmp_path, cls=Trainer, max_steps=12, lr_scheduler_kwargs=kwargs).train()
 
 
 def test_another_paper_is_refused(tmp_path):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from models import KINDS, TWO_KINDS, assert_near, assert_same_gradients, gradients, random_ids, tiny_model
@@ -55,6 +56,33 @@ def test_each_row_reads_its_part_of_the_text_in_order():
 def test_a_text_that_is_too_short_is_refused(rows, length, sentence):
     with pytest.raises(ValueError, match=sentence):
         Windows(TEXT, rows, length)
+
+
+@pytest.mark.parametrize("text", [torch.rand(400), TEXT[None], TEXT[None].expand(2, -1)])
+def test_a_text_is_a_row_of_token_ids(text):
+    with pytest.raises(ValueError, match="must be a row of token ids, got torch"):
+        Windows(text, 3, 8)
+
+
+def test_a_text_on_disk_is_read_a_window_at_a_time(tmp_path):
+    np.save(tmp_path / "text.npy", TEXT.numpy().astype(np.uint16))
+    data = Windows(np.load(tmp_path / "text.npy", mmap_mode="r+"), 3, 8)
+    assert data.text.dtype == torch.uint16
+    assert all(torch.equal(data[i]["shift_labels"], Windows(TEXT, 3, 8)[i]["shift_labels"]) for i in range(len(data)))
+
+
+def test_a_loss_needs_no_logits(tmp_path):
+    asked = []
+    for smoothing in (0.0, 0.1):
+        args = TrainingArguments(
+            str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no",
+            label_smoothing_factor=smoothing,
+        )  # fmt: skip
+        model = get_peft_model(tiny_model("post_up"), LoraConfig(task_type="CAUSAL_LM"))
+        model.register_forward_pre_hook(lambda *x: asked.append(x[2].get("skip_logits")), with_kwargs=True)
+        data = [{"input_ids": TEXT[:8], "labels": TEXT[:8]}] * 8
+        XLSTMTrainer(model, args, train_dataset=data, eval_dataset=data).train()
+    assert asked == [True, None]
 
 
 @pytest.mark.parametrize("kind", TWO_KINDS)
@@ -191,3 +219,43 @@ def test_tied_embeddings_do_not_decay_and_adapters_do():
     adapted = get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM"))
     trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
     assert trained <= set(decaying(adapted))
+
+
+def test_smoothed_labels_are_refused(tmp_path):
+    train, _ = trainer(tiny_model("post_up"), tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="label_smoothing_factor must be 0 to train on Windows, got 0.1"):
+        train.train()
+
+
+def test_a_checkpoint_has_its_states_before_it_seems_complete(tmp_path):
+    """`Trainer` takes one that has trainer_state.json, and deletes those before it."""
+
+    class KilledError(Exception):
+        pass
+
+    train, _ = trainer(tiny_model("post_up"), tmp_path, save_steps=4)
+
+    def kill(*args, **kwargs):
+        raise KilledError
+
+    train._save_rng_state = kill
+    with pytest.raises(KilledError):
+        train.train()
+    files = {path.name for path in (tmp_path / "checkpoint-4").iterdir()}
+    assert "state.safetensors" in files and "trainer_state.json" not in files
+
+
+def test_a_checkpoint_without_states_is_refused(tmp_path):
+    train, _ = trainer(tiny_model("post_up"), tmp_path, save_steps=4, max_steps=4)
+    train.train()
+    (tmp_path / "checkpoint-4" / "state.safetensors").unlink()
+    train, _ = trainer(tiny_model("post_up"), tmp_path)
+    with pytest.raises(ValueError, match="must hold state.safetensors, got .*checkpoint-4 without it"):
+        train.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_several_devices_are_refused(tmp_path, monkeypatch):
+    train, _ = trainer(tiny_model("post_up"), tmp_path)
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match="need one device"):
+        train._get_train_sampler()

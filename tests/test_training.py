@@ -345,6 +345,26 @@ def test_classifiers_train(cls):
     assert losses[-1] < losses[0] / 2
 
 
+@pytest.mark.parametrize("cls", [XLSTMForSequenceClassification, XLSTMForTokenClassification])
+def test_a_classifier_has_the_loss_of_a_batch_that_is_accumulated(cls, tmp_path):
+    ids = random_ids(8, 12)
+    labels = torch.arange(8) % 3 if cls is XLSTMForSequenceClassification else ids % 3
+    data = [{"input_ids": x, "labels": y} for x, y in zip(ids, labels, strict=True)]
+    logs = []
+    for size, steps in ((8, 1), (2, 4)):
+        model = tiny_model("post_up", cls=cls, num_labels=3)
+        if cls is XLSTMForTokenClassification:
+            model.dropout.p = 0.0
+        args = TrainingArguments(
+            str(tmp_path), per_device_train_batch_size=size, gradient_accumulation_steps=steps, max_steps=1,
+            logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", learning_rate=0.0,
+        )  # fmt: skip
+        trainer = Trainer(model, args, train_dataset=data)
+        trainer.train()
+        logs.append([trainer.state.log_history[0][name] for name in ("loss", "grad_norm")])
+    assert logs[0] == pytest.approx(logs[1], rel=1e-4)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_training_step_compiles_to_one_graph_with_the_same_gradients(kind):
     backend = CountingBackend()

@@ -50,6 +50,27 @@ def test_the_loss_falls(kind, lora, packing, tokenizer, tmp_path):
     assert all("lora_" in name for name in trained) if lora else "model.embed_tokens.weight" in trained
 
 
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_the_loss_is_that_of_the_model_whose_logits_are_capped(packing, tokenizer, tmp_path):
+    model = tiny_model("post_up", output_logit_soft_cap=2.0)
+    model.lm_head.weight.data *= 10
+    options = {"packing": True, "max_length": 128} if packing else {}
+    trainer = trainer_of(model, tokenizer, tmp_path, max_steps=1, learning_rate=0.0, **options)
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        expected = model.eval()(**batch).loss
+    trainer.train()
+    assert_near(torch.tensor(trainer.state.log_history[0]["loss"]), expected, 1e-4)
+
+
+def test_a_model_is_loaded_by_its_path(tokenizer, tmp_path):
+    tiny_model("post_up").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    trainer = trainer_of(str(tmp_path / "model"), tokenizer, tmp_path / "run", max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] > 0
+
+
 @pytest.mark.parametrize("kind", TWO_KINDS)
 def test_packed_texts_have_the_loss_of_separate_ones(kind, tokenizer, tmp_path):
     model = tiny_model(kind)
