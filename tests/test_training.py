@@ -260,8 +260,7 @@ def test_extreme_gates_train_under_autocast_with_a_scaler(kind, dtype, size):
         scaler.step(optimizer)  # skipped, and the scale halved, where a scaled gradient is too large for float16
         scaler.update()
         optimizer.zero_grad()
-    skipped = 0 if dtype == torch.bfloat16 else 8
-    assert finite[skipped:] == (12 - skipped) * [True]
+    assert finite.count(False) <= (0 if dtype == torch.bfloat16 else 8) and finite[-1]
     assert all(p.isfinite().all() for p in model.parameters())
 
 
