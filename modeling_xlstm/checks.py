@@ -4,10 +4,12 @@ import contextlib
 from itertools import pairwise
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 
 AS_IT_IS = contextlib.nullcontext()
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_CHECKED = WeakIdKeyDictionary()  # boundaries of packed sequences: their version, and the number of tokens
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -82,10 +84,20 @@ def check_sequence(batch: int, time: int, device: torch.device, mask, cu_seqlens
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
         raise ValueError(f"cu_seqlens must have shape [N + 1] with N >= 1, got {tuple(cu_seqlens.shape)}.")
     if not torch.compiler.is_compiling():
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != time or any(a > b for a, b in pairwise(bounds)):
-            raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {time}, got {bounds}.")
+        _check_bounds(cu_seqlens, time)
     return cu_seqlens.numel() - 1
+
+
+def _check_bounds(cu_seqlens: torch.Tensor, time: int) -> None:
+    """Each tensor once for all layers, as a GPU is waited for."""
+    checked = None if cu_seqlens.is_inference() else (cu_seqlens._version, time)
+    if checked is not None and _CHECKED.get(cu_seqlens) == checked:
+        return
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != time or any(a > b for a, b in pairwise(bounds)):
+        raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {time}, got {bounds}.")
+    if checked is not None:
+        _CHECKED[cu_seqlens] = checked
 
 
 def rising(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -102,8 +102,10 @@ def packed_bounds(
                 "restart or with cu_seq_lens_q."
             )
         mask = None
+    if isinstance(bounds, Tensor) and bounds.dtype == torch.int64:
+        bounds = bounds.to(torch.int32)
     check_sequence(B, T, device, mask, bounds)
-    return None if bounds is None else bounds.to(torch.int32)
+    return bounds
 
 
 def _restarts(positions: Tensor, B: int, T: int, mask: Tensor | None) -> Tensor | None:

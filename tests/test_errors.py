@@ -1,11 +1,13 @@
 """Bad input is refused in a sentence: what, got, expected. Nothing wrong comes out as a number."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from models import TWO_KINDS, random_ids, tiny_config, tiny_model
 from transformers import DynamicCache
 
-from modeling_xlstm import MLSTMLayer, SLSTMLayer, XLSTMBlock, XLSTMCache, XLSTMForCausalLM
+from modeling_xlstm import MLSTMLayer, SLSTMLayer, XLSTMBlock, XLSTMCache, XLSTMForCausalLM, checks
 
 
 IDS = random_ids(2, 20)
@@ -418,6 +420,25 @@ def test_new_embeddings_alone_do_not_continue_a_cache():
     mask = torch.ones(1, 15, dtype=torch.long)
     with pytest.raises(ValueError, match="must hold the whole conversation, with the 9 tokens .*, got 6"):
         model.generate(inputs_embeds=embeds, attention_mask=mask, past_key_values=cache, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("name", ["cu_seq_lens_q", "position_ids"])
+def test_boundaries_are_checked_once_for_all_layers_and_again_once_they_change(name, monkeypatch):
+    """As that waits for a GPU."""
+    model, checked = tiny_model("pre_up_slstm"), []
+    monkeypatch.setattr(checks, "pairwise", lambda bounds: checked.append(bounds) or pairwise(bounds))
+    bounds = torch.tensor([0, 7, 12], dtype=torch.int32)
+    packing = {"cu_seq_lens_q": bounds} if name == "cu_seq_lens_q" else {"position_ids": _positions(bounds)}
+    model(torch.randint(2, 90, (1, 12)), **packing)
+    assert checked == [[0, 7, 12]]
+    if name == "cu_seq_lens_q":
+        bounds[1] = 13
+        with pytest.raises(ValueError, match="must rise from 0 to the number of tokens, 12, got"):
+            model(torch.randint(2, 90, (1, 12)), **packing)
+
+
+def _positions(bounds):
+    return torch.cat([torch.arange(end - start) for start, end in pairwise(bounds.tolist())])[None]
 
 
 def test_packed_positions_with_padding_are_refused():
