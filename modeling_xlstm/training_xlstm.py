@@ -200,11 +200,8 @@ class XLSTMTrainer(Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if not isinstance(dataset, Windows):
             return super()._get_train_sampler(train_dataset)
-        rows, size, devices = (
-            dataset.batch_size,
-            self.args.train_batch_size,
-            self.args.world_size * max(1, self.args.n_gpu),
-        )
+        rows, size = dataset.batch_size, self.args.train_batch_size
+        devices = self.args.world_size * max(1, self.args.n_gpu)
         if rows != size or devices > 1:
             raise ValueError(f"Windows of {rows} rows need one device and batches of as many, got {devices} of {size}.")
         if self.args.label_smoothing_factor:
