@@ -114,8 +114,11 @@ def _restarts(positions: Tensor, B: int, T: int, mask: Tensor | None) -> Tensor 
         raise NotImplementedError(
             "torch.compile cannot look for packed sequences in position_ids; give their boundaries as cu_seq_lens_q."
         )
+    if not isinstance(positions, Tensor):
+        raise TypeError(f"position_ids must be a tensor [B, T], got {type(positions).__name__}.")
     if positions.dim() != 2 or positions.shape[0] not in (1, B) or positions.shape[1] != T:
-        raise ValueError(f"position_ids must have shape [{B}, {T}] or [1, {T}], got {tuple(positions.shape)}.")
+        shapes = " or ".join(f"[{rows}, {T}]" for rows in sorted({1, B}))
+        raise ValueError(f"position_ids must have shape {shapes}, got {tuple(positions.shape)}.")
     restart = positions[:, 1:] == 0
     if mask is not None:
         restart = restart & mask[:, 1:] & mask[:, :-1]

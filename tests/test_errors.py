@@ -16,6 +16,11 @@ EMBEDS = torch.zeros(2, 20, 32)
 
 # name: error, sentence, input
 INPUTS = {
+    "list of positions": (
+        TypeError,
+        r"position_ids must be a tensor \[B, T\], got list",
+        {"input_ids": IDS, "position_ids": list(range(20))},
+    ),
     "nothing but padding": (
         ValueError,
         "attention_mask must have a 1 where there are labels to predict, got only 0",
@@ -183,7 +188,7 @@ INPUTS = {
     ),
     "positions without batch": (
         ValueError,
-        r"position_ids must have shape \[1, 20\] or \[1, 20\], got \(20,\)",
+        r"position_ids must have shape \[1, 20\], got \(20,\)",
         {"input_ids": ONE, "position_ids": torch.arange(20)},
     ),
     "positions of another length": (
