@@ -15,7 +15,7 @@ Dims: `B` batch `S` positions of inputs `T` of outputs `C` channels `J` taps `P`
 import torch
 from torch import Tensor
 
-from .triton_language import blocks_of, processors, tl, triton
+from .triton_language import blocks_of, processors, rows_of, tl, triton
 
 
 # How work is cut, chosen by registers and bytes in flight on an H100. A program is one warp.
@@ -207,8 +207,7 @@ def _causal_conv_backward(
     """Gradients of x, weight and bias."""
     B, S, C = x.shape
     x, T = _checked(x, weight, padding)
-    dys = dy.reshape(B * T, C)
-    dys = dys if dys.stride(-1) == 1 else dys.contiguous()
+    dys = rows_of(dy, C)
     grid, arguments = _cut("backward", x, weight, S)
     dx = x.new_empty(B, S, C)
     dweight, dbias = (x.new_empty(grid[1], *size, dtype=torch.float32) for size in (weight.shape, bias.shape))

@@ -44,7 +44,7 @@ from .inputs_xlstm import (
     check_some_token,
     packed_bounds,
     padding_mask,
-)  # fmt: skip
+)
 from .layers_xlstm import (
     BlockDiagonalLinear,
     CausalConv1d,

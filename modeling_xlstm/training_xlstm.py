@@ -133,9 +133,8 @@ class Windows(Dataset):
     """Windows of one long text, in such an order that row b of each batch goes on where that of the batch before ended.
 
     The text is cut into B parts of one length; what does not fill a window is left out. It takes an `XLSTMTrainer` to
-    carry the states on. Items have `input_ids` and
-    `shift_labels`, the tokens after them, `[T]` int64 each; `labels`, which say that there is a loss; and `window`, how
-    many come before it.
+    carry the states on. Items have `input_ids` and `shift_labels`, the tokens after them, `[T]` int64 each; `labels`,
+    which say that there is a loss; and `window`, how many come before it.
     """
 
     def __init__(self, text: Sequence[int] | Tensor, batch_size: int, length: int):
