@@ -2,7 +2,8 @@
 
     python checkpoints/train.py --data DIR --out checkpoints/xlstm-demo --max-minutes 9
 
-The blocks are those of xLSTM-7B; `--stack 7:1` takes those of the first paper instead, one in eight of them an sLSTM.
+The blocks are those of xLSTM-7B, two of them an sLSTM; `--stack 7:1` takes those of the first paper instead, one in
+eight of them an sLSTM.
 With `--max-minutes` alone, a few rehearsal steps are timed and the schedule is sized to end in time; `--steps` fixes
 its length. A run whose time is up stops cleanly, and goes on with `--resume`. No network is needed. The model card is
 `model_card.md` with what was measured.
@@ -157,6 +158,7 @@ def plan(args: argparse.Namespace, data: dict, config: XLSTMConfig) -> dict:
     path = args.run / "plan.json"
     names = (
         "stack",
+        "slstm",
         "width",
         "blocks",
         "heads",
@@ -273,8 +275,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="length of the schedule; by default what fits into --max-minutes")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run")
     parser.add_argument("--stack", help="ratio of mLSTM to sLSTM blocks of the first paper, such as 7:1")
+    parser.add_argument(
+        "--slstm", type=int, nargs="*", default=[1, 5], help="without --stack, which blocks are an sLSTM"
+    )
     parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--blocks", type=int, default=9)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--window", type=int, default=512)
@@ -299,7 +304,11 @@ def main() -> None:
         "tie_word_embeddings": True,
         **{name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     }
-    config = XLSTMConfig.from_ratio(args.stack, **options) if args.stack else XLSTMConfig(**options)
+    if args.stack:
+        config = XLSTMConfig.from_ratio(args.stack, **options)
+    else:
+        block_types = ["slstm" if i in args.slstm else "mlstm" for i in range(args.blocks)]
+        config = XLSTMConfig(block_types=block_types, **options)
     settings = plan(args, data, config)
     steps = settings["steps"]
     every = max(1, steps // EVALUATIONS)
