@@ -219,11 +219,12 @@ def _backward(ctx, d_loss, _):
 cross_entropy.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` in float32."""
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Adds `a @ b` to a float32 tensor, in float32."""
     if a.dtype == torch.float32 or not a.is_cuda:
-        return a.float() @ b.float()
-    return torch.mm(a, b, out_dtype=torch.float32)
+        total.addmm_(a.float(), b.float())
+    else:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
 @torch.library.custom_op("modeling_xlstm::linear_cross_entropy", mutates_args=())
@@ -234,7 +235,7 @@ def _linear_cross_entropy(
     x, labels = x.contiguous(), labels.contiguous()
     (N, D), V = x.shape, weight.shape[0]
     loss = x.new_zeros((), dtype=torch.float32)
-    dx = x.new_empty(N if needs_dx else 0, D, dtype=torch.float32)
+    dx = x.new_zeros(N if needs_dx else 0, D, dtype=torch.float32)
     dweight = torch.zeros(V if needs_dweight else 0, D, dtype=torch.float32, device=x.device)
     one, rows = torch.ones_like(loss), max(1, PART // V)
     for start in range(0, N, rows):
@@ -245,9 +246,9 @@ def _linear_cross_entropy(
         if needs_dx or needs_dweight:
             d = _cross_entropy_backward(one, logits, labels[part], stats, cap, ignore_index)
             if needs_dx:
-                dx[part] = _product(d, weight)
+                _add_product(dx[part], d, weight)
             if needs_dweight:
-                dweight += _product(d.t(), x[part])
+                _add_product(dweight, d.t(), x[part])
     return loss, dx, dweight
 
 
