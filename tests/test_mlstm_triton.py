@@ -142,6 +142,7 @@ def test_extreme_gates_are_right(regime, dtype, input_gate):
 SHAPES = [(3, 33, 2, 16, 16), (2, 70, 2, 24, 96), (2, 9, 3, 17, 33)]
 LARGE = [(16, 300, 2, 64, 128), (16, 270, 2, 192, 192), (16, 520, 2, 128, 256), (16, 520, 2, 256, 512)]
 LARGE += [(40, 300, 2, 128, 256), (4, 600, 9, 8, 4)]
+LARGE += [(8, 520, 4, 44, 88), (4, 300, 2, 100, 200), (4, 520, 2, 65, 63)]  # heads that do not start at 16 bytes
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
