@@ -41,6 +41,9 @@ from .mlstm_triton_kernels import (
 from .triton_language import blocks_of, power_of_2, processors, shared_memory
 
 
+LINE = 16  # halves of a head, or what Triton takes for a multiple when it reads several at once
+
+
 class _Blocks(NamedTuple):
     """How work is cut. Picked on an H100; float32 is for exactness: its products run without tensor cores."""
 
@@ -128,12 +131,26 @@ def _cut(B: int, T: int, cu_seqlens: Tensor | None, L: int) -> _Chunks:
 
 def _rows(x: Tensor) -> Tensor:
     """`[B, T, H, D]` as `[R, H, D]`, gates `[B, T, H]` as `[R, H]`. What has one token after the other is read where it
-    is; other layouts are copied, so that no stride depends on a length, and 32 bits hold offsets within a chunk."""
+    is; other layouts are copied, so that no stride depends on a length, 32 bits hold offsets within a chunk, and lines
+    are whole."""
     x = x.flatten(0, 1)
     if x.dim() == 2:
         return x
     heads_in_tokens = x.stride(-1) == 1 and x.stride(1) <= max(x.stride(0), x.shape[-1])
-    return x if heads_in_tokens and x.stride(0) < 1 << 22 else x.contiguous()
+    whole = x.dtype == torch.float32 or (_at_16(x) == (True,) and x.stride(0) % LINE == x.stride(1) % LINE == 0)
+    return x if heads_in_tokens and whole and x.stride(0) < 1 << 22 else x.contiguous()
+
+
+def _whole(size: int, dtype: torch.dtype) -> int:
+    """Size of a head in whole lines. float32, which tensor cores do not multiply, is read one by one where it is not."""
+    return size if dtype == torch.float32 else (size + LINE - 1) // LINE * LINE
+
+
+def _padded(x: Tensor | None, *sizes: int) -> Tensor | None:
+    """x with zeros that make its last axes this long."""
+    if x is None or x.shape[-len(sizes) :] == sizes:
+        return x
+    return F.pad(x, [n for axis, size in zip((-1, -2), sizes[::-1], strict=False) for n in (0, size - x.shape[axis])])
 
 
 def _aligned(size: int) -> int:
@@ -215,8 +232,10 @@ def mlstm_chunkwise(
 
 
 def _forward(q, k, v, igate, fgate, C, n, m, cu_seqlens, sigmoid, gate_soft_cap, eps):
-    B, T, H, K = q.shape
-    V = v.shape[-1]
+    B, T, H, K_given = q.shape
+    V_given = v.shape[-1]
+    K, V = _whole(K_given, q.dtype), _whole(V_given, q.dtype)
+    q, k, v, C, n = _padded(q, K), _padded(k, K), _padded(v, V), _padded(C, K, V), _padded(n, K)
     blocks = _blocks(q, V)
     L, BS = blocks.L, blocks.BS
     cut = _cut(B, T, cu_seqlens, L)
@@ -245,7 +264,7 @@ def _forward(q, k, v, igate, fgate, C, n, m, cu_seqlens, sigmoid, gate_soft_cap,
         BK, warps, stages = blocks.scores
         mlstm_fwd_scores_kernel[(count * (L // BS), H)](
             qs, ks, log_f, log_f_low, log_i, peak, m_before, n_between, scores, m_rows, normaliser, denominator,
-            state_weight, *cut.tables, skip, *_strides(qs, ks), K**-0.5, eps, H, K=K, L=L, BS=BS, BK=_tile(K, BK),
+            state_weight, *cut.tables, skip, *_strides(qs, ks), K_given**-0.5, eps, H, K=K, L=L, BS=BS, BK=_tile(K, BK),
             SIGMOID=sigmoid, PACKED=packed, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         BM, BX, BY, BJ, warps, stages = blocks.combine
@@ -255,7 +274,9 @@ def _forward(q, k, v, igate, fgate, C, n, m, cu_seqlens, sigmoid, gate_soft_cap,
             K=K, V=V, L=L, BS=BS, BM=BM, BX=BX, BY=BY, BJ=BJ, HAS_FIRST=C is not None, PACKED=packed,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
-    return h.view(B, T, H, V), *last, tokens, source, chunks, C_between, n_between
+    h, last_C, last_n = h.view(B, T, H, V)[..., :V_given], last[0][..., :K_given, :V_given], last[1][..., :K_given]
+    last = last_C.contiguous(), last_n.contiguous(), last[2]
+    return h.contiguous(), *last, tokens, source, chunks, C_between, n_between
 
 
 def _new_state(q: Tensor, v: Tensor, sequences: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -270,14 +291,15 @@ def _(q, k, v, igate, fgate, C, n, m, cu_seqlens, input_gate, gate_soft_cap, eps
     B, T, H, K = q.shape
     sequences, N = _counts(B, T, cu_seqlens, _blocks(q, v.shape[-1]).L)
     new = q.new_empty
+    whole_K, whole_V = _whole(K, q.dtype), _whole(v.shape[-1], q.dtype)
     return (
         v.new_empty(v.shape),
         *_new_state(q, v, sequences),
         new(9, H, _aligned(B * T), dtype=torch.float32),
         new(H, _aligned(B * T), dtype=torch.int32),
         new(5, _aligned(N), H, dtype=torch.float64),
-        new(N, H, K, v.shape[-1], dtype=_kept_dtype(q.dtype)),
-        new(N, H, K, dtype=torch.float32),
+        new(N, H, whole_K, whole_V, dtype=_kept_dtype(q.dtype)),
+        new(N, H, whole_K, dtype=torch.float32),
     )
 
 
@@ -300,8 +322,11 @@ def _backward_pass(
     dh, dC, dn, dm, q, k, v, igate, fgate, cu_seqlens, h, tokens, source, chunks, C_between, n_between,
     has_state, sigmoid, gate_soft_cap, eps,
 ):  # fmt: skip
-    B, T, H, K = q.shape
-    V = v.shape[-1]
+    B, T, H, K_given = q.shape
+    V_given = v.shape[-1]
+    K, V = C_between.shape[-2:]
+    q, k, v, h, dh = _padded(q, K), _padded(k, K), _padded(v, V), _padded(h, V), _padded(dh, V)
+    dC, dn = _padded(dC, K, V), _padded(dn, K)
     blocks = _blocks(q, V)
     L, BS = blocks.L, blocks.BS
     cut = _cut(B, T, cu_seqlens, L)
@@ -337,7 +362,7 @@ def _backward_pass(
     for skip, count in pieces:
         mlstm_bwd_scores_kernel[(count * scores.shape[2], H)](
             qs, ks, vs, dhs, log_f, log_f_low, log_i, m_rows, denominator, d_norm, scores, d_scores, col_sum, between,
-            *cut.tables, skip, *_strides(qs, ks, vs, dhs), K**-0.5, H,
+            *cut.tables, skip, *_strides(qs, ks, vs, dhs), K_given**-0.5, H,
             K=K, V=V, L=L, BS=BS, BK=_tile(K, BD), BV=_tile(V, BD), PACKED=packed,
             num_warps=warps, num_stages=stages, maxnreg=registers,
         )  # fmt: skip
@@ -366,7 +391,10 @@ def _backward_pass(
         gate_soft_cap or 0.0, H,
         L=L, BS=BS, PARTS=parts, SIGMOID=sigmoid, CAPPED=gate_soft_cap is not None, PACKED=packed, num_warps=8,
     )  # fmt: skip
-    return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), digate, dfgate, *d_first
+    sizes = (dq, q, K_given), (dk, k, K_given), (dv, v, V_given)
+    grads = (dx.view(x.shape)[..., :given].contiguous() for dx, x, given in sizes)
+    d_first = d_first[0][..., :K_given, :V_given].contiguous(), d_first[1][..., :K_given].contiguous(), d_first[2]
+    return *grads, digate, dfgate, *d_first
 
 
 @_mlstm_chunkwise_backward.register_fake
