@@ -1,9 +1,8 @@
 """Trains the demo model with `transformers.Trainer` on what `prepare_data.py` wrote, and saves it with its model card.
 
-    python checkpoints/train.py --data DIR --out checkpoints/xlstm-demo --max-minutes 9
+    python checkpoints/train.py --data DIR --out checkpoints/xlstm-demo --steps 2300
 
-The blocks are those of xLSTM-7B, two of them an sLSTM; `--stack 7:1` takes those of the first paper instead, one in
-eight of them an sLSTM.
+The blocks are those of the first paper, the last of them an sLSTM; `--slstm` takes those of xLSTM-7B instead.
 With `--max-minutes` alone, a few rehearsal steps are timed and the schedule is sized to end in time; `--steps` fixes
 its length. A run whose time is up stops cleanly, and goes on with `--resume`. No network is needed. The model card is
 `model_card.md` with what was measured.
@@ -274,18 +273,17 @@ def main() -> None:
     parser.add_argument("--max-minutes", type=float, help="time for everything after the imports")
     parser.add_argument("--steps", type=int, help="length of the schedule; by default what fits into --max-minutes")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run")
-    parser.add_argument("--stack", help="ratio of mLSTM to sLSTM blocks of the first paper, such as 7:1")
-    parser.add_argument(
-        "--slstm", type=int, nargs="*", default=[1, 5], help="without --stack, which blocks are an sLSTM"
-    )
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--blocks", type=int, default=9)
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--stack", default="5:1", help="ratio of mLSTM to sLSTM blocks of the first paper (default: 5:1)")
+    kind.add_argument("--slstm", type=int, nargs="*", help="blocks of xLSTM-7B, these numbers of them an sLSTM")
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--blocks", type=int, default=6)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--warmup-steps", type=int, default=100)
-    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.steps is None and args.max_minutes is None:
@@ -304,7 +302,7 @@ def main() -> None:
         "tie_word_embeddings": True,
         **{name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     }
-    if args.stack:
+    if args.slstm is None:
         config = XLSTMConfig.from_ratio(args.stack, **options)
     else:
         block_types = ["slstm" if i in args.slstm else "mlstm" for i in range(args.blocks)]

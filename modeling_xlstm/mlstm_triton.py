@@ -142,7 +142,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _whole(size: int, dtype: torch.dtype) -> int:
-    """Size of a head in whole lines. float32, which tensor cores do not multiply, is read one by one where it is not."""
+    """Size of a head in whole lines; float32, which tensor cores do not multiply, is read as it is."""
     return size if dtype == torch.float32 else (size + LINE - 1) // LINE * LINE
 
 
