@@ -88,18 +88,25 @@ def check_some_token(attention_mask: Tensor) -> None:
         )
 
 
+BOUNDARIES = ("cu_seq_lens_q", "seq_idx", "position_ids")  # what tells where packed sequences begin, the first given
+
+
 def packed_bounds(
     kwargs: Mapping[str, Any], B: int, T: int, device: torch.device, mask: Tensor | None
 ) -> Tensor | None:  # fmt: skip
     """Boundaries of packed sequences, as collators give them; the mask hides nothing then."""
-    bounds, positions = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
-    if bounds is None and positions is not None and T > 1:
-        bounds = _restarts(positions, B, T, mask)
+    for name in ("cu_seqlens", "cu_seq_lens"):
+        if kwargs.get(name) is not None:
+            raise TypeError(f"Boundaries of packed sequences must be given to a model as cu_seq_lens_q, got {name}.")
+    name = next((name for name in BOUNDARIES if kwargs.get(name) is not None), None)
+    bounds = None if name is None else kwargs[name]
+    if name in ("seq_idx", "position_ids"):
+        bounds = _first_tokens(name, bounds, B, T, mask) if T > 1 else None
     if bounds is not None and mask is not None:
         if torch.compiler.is_compiling() or not mask.all():
             raise ValueError(
-                "attention_mask must be left out, as packed sequences have no padding, got one with position_ids that "
-                "restart or with cu_seq_lens_q."
+                f"attention_mask must be left out, as packed sequences have no padding, got one with {name} of "
+                "several sequences."
             )
         mask = None
     if isinstance(bounds, Tensor) and bounds.dtype == torch.int64:
@@ -108,23 +115,28 @@ def packed_bounds(
     return bounds
 
 
-def _restarts(positions: Tensor, B: int, T: int, mask: Tensor | None) -> Tensor | None:
-    """Boundaries of sequences whose positions restart at 0 between real tokens, None if there is only one."""
+def _first_tokens(name: str, values: Tensor, B: int, T: int, mask: Tensor | None) -> Tensor | None:
+    """Boundaries of sequences, which begin where `position_ids` do not rise from one token to the next, or where
+    `seq_idx` changes; None if there is only one."""
     if torch.compiler.is_compiling():
         raise NotImplementedError(
-            "torch.compile cannot look for packed sequences in position_ids; give their boundaries as cu_seq_lens_q."
+            f"torch.compile cannot look for packed sequences in {name}; give their boundaries as cu_seq_lens_q."
         )
-    if not isinstance(positions, Tensor):
-        raise TypeError(f"position_ids must be a tensor [B, T], got {type(positions).__name__}.")
-    if positions.dim() != 2 or positions.shape[0] not in (1, B) or positions.shape[1] != T:
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name} must be a tensor [B, T], got {type(values).__name__}.")
+    if values.dim() != 2 or values.shape[0] not in (1, B) or values.shape[1] != T:
         shapes = " or ".join(f"[{rows}, {T}]" for rows in sorted({1, B}))
-        raise ValueError(f"position_ids must have shape {shapes}, got {tuple(positions.shape)}.")
-    restart = positions[:, 1:] == 0
+        raise ValueError(f"{name} must have shape {shapes}, got {tuple(values.shape)}.")
+    before, after = values[:, :-1], values[:, 1:]
+    if mask is not None:  # the token before is the last one that is not padding
+        places = torch.where(mask, torch.arange(T, device=mask.device), -1).cummax(1).values[:, :-1]
+        before = values.expand(B, T).gather(1, places.clamp(min=0))
+    begins = after <= before if name == "position_ids" else after != before
     if mask is not None:
-        restart = restart & mask[:, 1:] & mask[:, :-1]
-    restarts = restart.nonzero()[:, 1] + 1
-    if not len(restarts):
+        begins = begins & mask[:, 1:] & (places >= 0)
+    first = begins.nonzero()[:, 1] + 1
+    if not len(first):
         return None
     if B > 1:
-        raise ValueError(f"Packed sequences need a batch of 1, got position_ids that restart in a batch of {B}.")
-    return torch.cat((restarts.new_tensor([0]), restarts, restarts.new_tensor([T])))
+        raise ValueError(f"Packed sequences need a batch of 1, got {name} of several sequences in a batch of {B}.")
+    return torch.cat((first.new_tensor([0]), first, first.new_tensor([T])))

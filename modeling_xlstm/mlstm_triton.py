@@ -138,7 +138,8 @@ def _rows(x: Tensor) -> Tensor:
         return x
     heads_in_tokens = x.stride(-1) == 1 and x.stride(1) <= max(x.stride(0), x.shape[-1])
     whole = x.dtype == torch.float32 or (_at_16(x) == (True,) and x.stride(0) % LINE == x.stride(1) % LINE == 0)
-    return x if heads_in_tokens and whole and x.stride(0) < 1 << 22 else x.contiguous()
+    where_it_is = heads_in_tokens and whole and x.stride(0) < 1 << 22
+    return x if where_it_is else x.clone(memory_format=torch.contiguous_format)
 
 
 def _whole(size: int, dtype: torch.dtype) -> int:

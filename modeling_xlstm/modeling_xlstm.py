@@ -37,6 +37,7 @@ from .fused import causal_lm_loss, causal_lm_loss_in_parts, soft_cap
 from .generation_xlstm import XLSTMGenerationMixin
 from .graphs_xlstm import ACTIVE
 from .inputs_xlstm import (
+    BOUNDARIES,
     check_cache,
     check_checkpointing,
     check_embeds,
@@ -259,8 +260,9 @@ class XLSTMModel(XLSTMPreTrainedModel):
             past_key_values: State of the text so far, updated by the call. Created when omitted, if `use_cache` and the
                 model is not in training mode. `cache_params` is an alias. Of a long text that is read in pieces, no
                 more than the last can be taken back.
-            cu_seq_lens_q, position_ids: Boundaries `[N + 1]` of sequences packed into a batch of 1, or positions that
-                restart at 0 at each; the state starts anew there.
+            cu_seq_lens_q, seq_idx, position_ids: Boundaries `[N + 1]` of sequences packed into a batch of 1, or numbers
+                `[1, T]` of the sequences that tokens are of, or positions, which start again with each; the state
+                starts anew there.
             logits_to_keep: Positions at the end that the last block has to give an output for, 0 for all. If only some
                 are kept, a long text is read in pieces, so that memory does not grow with it (not under autograd).
 
@@ -442,7 +444,7 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, XLSTMGenerationMixin):
         graphs = None if torch.compiler.is_compiling() else ACTIVE.get()
         if graphs is not None and graphs.model() is self:
             cache = past_key_values if cache_params is None else cache_params
-            others = (labels, inputs_embeds, *(kwargs.get(name) for name in ("cu_seq_lens_q", "position_ids")))
+            others = (labels, inputs_embeds, *(kwargs.get(name) for name in BOUNDARIES))
             wanted = all(x is None for x in others) and not kwargs.get("output_hidden_states")
             if wanted and graphs.fits(input_ids, cache, logits_to_keep):
                 check_ids(input_ids, self.config.vocab_size)

@@ -183,7 +183,7 @@ INPUTS = {
     ),
     "positions that restart in a batch": (
         ValueError,
-        "Packed sequences need a batch of 1, got position_ids that restart in a batch of 2",
+        "Packed sequences need a batch of 1, got position_ids of several sequences in a batch of 2",
         {"input_ids": IDS, "position_ids": torch.arange(20).expand(2, 20) % 7},
     ),
     "positions without batch": (
@@ -446,13 +446,23 @@ def _positions(bounds):
     return torch.cat([torch.arange(end - start) for start, end in pairwise(bounds.tolist())])[None]
 
 
-def test_packed_positions_with_padding_are_refused():
+@pytest.mark.parametrize("padding", [[10, 11], [0], [4], [3, 4], [5]])
+@pytest.mark.parametrize("name", ["position_ids", "seq_idx"])
+def test_packed_sequences_with_padding_are_refused(name, padding):
+    """Wherever it is, also between the sequences, where it would hide that one begins."""
     model = tiny_model("post_up")
     ids = torch.randint(2, 90, (1, 12))
-    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 0]])
-    mask = torch.tensor([[1] * 10 + [0] * 2])
-    with pytest.raises(ValueError, match="packed sequences have no padding"):
-        model(ids, attention_mask=mask, position_ids=positions)
+    values = [[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 0]] if name == "position_ids" else [[0] * 5 + [1] * 7]
+    mask = torch.ones(1, 12, dtype=torch.long)
+    mask[:, padding] = 0
+    with pytest.raises(ValueError, match=f"packed sequences have no padding, got one with {name} of several sequences"):
+        model(ids, attention_mask=mask, **{name: torch.tensor(values)})
+
+
+@pytest.mark.parametrize("name", ["cu_seqlens", "cu_seq_lens"])
+def test_boundaries_of_another_name_are_not_overlooked(name):
+    with pytest.raises(TypeError, match=f"must be given to a model as cu_seq_lens_q, got {name}"):
+        tiny_model("post_up")(ONE, **{name: torch.tensor([0, 7, 20])})
 
 
 def test_labels_of_another_shape_are_refused():

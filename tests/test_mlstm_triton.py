@@ -219,6 +219,20 @@ def test_a_fused_projection_needs_no_copies():
     assert all(map(torch.equal, state, state_dense))
 
 
+@pytest.mark.parametrize("start", [1, 4, 8])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_lines_that_start_anywhere_are_read_as_whole_ones(dtype, start):
+    """ptxas 12.8 errs where a kernel reads half precision one number at a time."""
+    B, T, H, K, V = 2, 20, 2, 16, 32
+    x = inputs(B, T, H, K, V, aligned=True)
+    gates = [x[name].float() for name in MLSTM_TOKENS[3:]]
+    dense = [x[name].to(dtype) for name in MLSTM_TOKENS[:3]]
+    moved = [torch.empty(t.numel() + start, dtype=dtype, device=DEVICE)[start:].view(t.shape).copy_(t) for t in dense]
+    assert all(mlstm_triton._at_16(*map(mlstm_triton._rows, moved)))
+    h, _ = mlstm_chunkwise(*moved, *gates, backend="triton")
+    assert torch.equal(h, mlstm_chunkwise(*dense, *gates, backend="triton")[0])
+
+
 @pytest.mark.parametrize("split", [1, 64, 77] if GPU else [65])
 def test_a_sequence_in_two_parts_is_right(split):
     assert_correct(inputs(2, 130, HEADS, aligned=True), torch.float32, partial(in_two, split=split))

@@ -221,16 +221,15 @@ PACKED = (7, 1, 33, 16)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("boundaries", ["position_ids", "cu_seq_lens_q"])
+@pytest.mark.parametrize("boundaries", ["position_ids", "position_ids from 2", "cu_seq_lens_q", "seq_idx"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_sequences_equal_separate_ones(kind, boundaries):
     model = tiny_model(kind)
     texts = [random_ids(1, length, seed=i)[0] for i, length in enumerate(PACKED)]
-    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=boundaries == "cu_seq_lens_q", return_tensors="pt")
+    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True, return_tensors="pt")
     batch = collate([{"input_ids": text.tolist()} for text in texts])
-    batch.pop("position_ids" if boundaries == "cu_seq_lens_q" else "labels")
-    assert boundaries in batch
-    output = model(**batch)
+    given = batch[boundaries.split()[0]] + (2 if boundaries == "position_ids from 2" else 0)
+    output = model(batch["input_ids"], **{boundaries.split()[0]: given})
     expected = torch.cat([model(text[None]).logits for text in texts], 1)
     assert_near(output.logits, expected)
     assert output.past_key_values is None
