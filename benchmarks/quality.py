@@ -268,7 +268,7 @@ def learn_language(size: Size, name: str, seed: int, data: Path | None, language
 
 
 class Section(NamedTuple):
-    """A table: what is learned, and by whom; each column is a median or a list of all seeds."""
+    """A table: what is learned, and by whom; each column is a mean and the range of all seeds."""
 
     learn: Callable[[Size, str, int, Any, str], Row]
     models: tuple[str, ...]

@@ -302,11 +302,16 @@ def main() -> None:
         "tie_word_embeddings": True,
         **{name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     }
-    if args.slstm is None:
-        config = XLSTMConfig.from_ratio(args.stack, **options)
-    else:
-        block_types = ["slstm" if i in args.slstm else "mlstm" for i in range(args.blocks)]
-        config = XLSTMConfig(block_types=block_types, **options)
+    if beyond := [i for i in args.slstm or () if not 0 <= i < args.blocks]:
+        parser.error(f"--slstm must be numbers of blocks, from 0 to {args.blocks - 1}, got {beyond[0]}.")
+    try:
+        if args.slstm is None:
+            config = XLSTMConfig.from_ratio(args.stack, **options)
+        else:
+            block_types = ["slstm" if i in args.slstm else "mlstm" for i in range(args.blocks)]
+            config = XLSTMConfig(block_types=block_types, **options)
+    except ValueError as error:
+        parser.error(str(error))
     settings = plan(args, data, config)
     steps = settings["steps"]
     every = max(1, steps // EVALUATIONS)

@@ -178,6 +178,14 @@ class XLSTMPreTrainedModel(PreTrainedModel):
             model.config.tie_word_embeddings = False
         return result
 
+    def train(self, mode: bool = True):
+        """As in PyTorch. From now on bitsandbytes' 4-bit weights keep their order, as gradients through that for a CPU
+        are wrong; raises RuntimeError if they have that one already.
+        """
+        if mode and getattr(self, "is_loaded_in_4bit", False):
+            _keep_order(self)
+        return super().train(mode)
+
     def save_pretrained(  # type: ignore[override]  # the rest of its parameters are in kwargs
         self,
         save_directory: str | os.PathLike,
@@ -386,6 +394,19 @@ def _check_quantized(model: XLSTMPreTrainedModel) -> None:
         if weight.shape[-1] % group_size and quantizer.param_needs_quantization(model, name):
             shape = tuple(weight.shape)
             raise ValueError(f"group_size must divide the columns of {name}, of shape {shape}, got {group_size}.")
+
+
+def _keep_order(model: nn.Module) -> None:
+    """bitsandbytes changes that of 4-bit weights where a CPU with AVX512-BF16 first reads a text in eval mode."""
+    for name, module in model.named_modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        module.support_avx512bf16_for_cpu = False
+        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise RuntimeError(
+                f"4-bit weights must be trained before a CPU reads a text with them in eval mode, got {name} in the "
+                "order that bitsandbytes gives them then, through which gradients are wrong; load the model again."
+            )
 
 
 def _undo(passes: list[tuple], mask: Tensor | None, cache: XLSTMCache, kept: int) -> None:

@@ -140,6 +140,8 @@ class Windows(Dataset):
     def __init__(self, text: Sequence[int] | Tensor, batch_size: int, length: int):
         if batch_size < 1 or length < 1:
             raise ValueError(f"batch_size and length must be at least 1, got {batch_size} and {length}.")
+        if isinstance(text, str):
+            raise TypeError("A text must be a row of token ids, got a str; a tokenizer makes them.")
         self.text = torch.as_tensor(text)
         if self.text.dim() != 1 or self.text.is_floating_point() or self.text.is_complex():
             raise ValueError(

@@ -17,7 +17,11 @@ def adapted(kind="post_up", model=None, **options):
     """A model with LoRA whose adapters change what it computes."""
     torch.manual_seed(0)
     options = {"init_lora_weights": False, "task_type": "CAUSAL_LM", **options}
-    return get_peft_model(tiny_model(kind) if model is None else model, LoraConfig(**options)).eval()
+    model = get_peft_model(tiny_model(kind) if model is None else model, LoraConfig(**options)).eval()
+    for name, weight in model.named_parameters():
+        if "magnitude" in name:  # of DoRA, which starts as that of the sum, and changes nothing
+            weight.data *= torch.rand_like(weight) + 0.5
+    return model
 
 
 @torch.no_grad()

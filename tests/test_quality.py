@@ -132,6 +132,20 @@ def test_a_model_that_knows_nothing_needs_the_bits_of_a_guess(here, data, monkey
     assert row["bits per byte"] == pytest.approx(49 * math.log2(40) / 98)
 
 
+def test_a_model_learns_the_text(here, data):
+    size = quality.TINY._replace(steps=100, learning_rate=1e-2)
+    row = quality.learn_text(size, "xLSTM-7B", 0, data, "")
+    assert row["bits per byte"] < 0.2 * 49 * math.log2(40) / 98  # of a guess
+
+
+def test_a_model_learns_a_language(here, monkeypatch):
+    monkeypatch.setattr(quality, "TEST", 32)
+    size = quality.TINY._replace(steps=60, batch=8, learning_rate=1e-2)
+    monkeypatch.setitem(quality.LANGUAGES_BY_NAME, "the last symbol", lambda: torch.arange(4).expand(4, 4))
+    row = quality.learn_language(size, "xLSTM-7B", 0, None, "the last symbol")
+    assert row["up to 40"] > 95 and row["after 40"] > 95  # percent
+
+
 # what is said
 
 

@@ -32,7 +32,7 @@ DEMO = quantization.MODEL
 FORMS = quantization.QUANTIZED
 SAVED = [name for name in FORMS if "int4" not in name]  # torchao cannot save its int4 weights for a CPU
 ADAPTERS = {"LoRA": {}, "DoRA": {"use_dora": True}}
-# With checkpointing, DoRA over bitsandbytes' 8 bits fails in PEFT 0.21, whatever the model.
+# DoRA over bitsandbytes' 8 bits fails in PEFT 0.21, whatever the model.
 ADAPTED = [(name, form) for name in SAVED for form in ADAPTERS if (name, form) != ("bitsandbytes 8-bit", "DoRA")]
 PROJECTIONS = ("qkvo_proj", "out_proj", "up_proj", "down_proj")
 KINDS_OF_BLOCK = ("post_up", "pre_up", "slstm", "pre_up_slstm")
@@ -248,6 +248,42 @@ def test_adapters_train_over_quantised_weights_and_are_saved_and_loaded(kind, na
         assert torch.equal(logits, model(ids).logits)
         with loaded.disable_adapter():
             assert not torch.allclose(logits, loaded(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture
+def as_this_cpu_does(exact_scales, monkeypatch):
+    monkeypatch.undo()
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    if not modules.has_avx512bf16():
+        pytest.skip("needs a CPU with AVX512-BF16, where bitsandbytes changes the order of weights")
+
+
+@pytest.mark.parametrize("kind", ["post_up_slstm", "pre_up_slstm"])
+def test_gradients_through_4_bits_are_the_same_after_an_evaluation(kind, as_this_cpu_does, tmp_path):
+    wide_model(kind).save_pretrained(tmp_path)
+    base = load("bitsandbytes 4-bit (nf4)", tmp_path, dtype="float32")
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+    ids = random_ids(2, 20)
+
+    def gradients():
+        model.train().zero_grad()
+        model(ids, labels=ids).loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+    before = gradients()
+    with torch.no_grad():
+        model.eval()(ids)
+    assert all(map(torch.equal, gradients(), before))
+
+
+def test_4_bits_that_are_in_another_order_are_not_trained(as_this_cpu_does, tmp_path):
+    wide_model("post_up").save_pretrained(tmp_path)
+    model = load("bitsandbytes 4-bit (nf4)", tmp_path, dtype="bfloat16")
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        adapted.eval()(random_ids(1, 5))
+    with pytest.raises(RuntimeError, match="4-bit weights must be trained before .*qkvo_proj.* load the model again"):
+        adapted.train()
 
 
 def train_lora(quantized, ids, **options):

@@ -432,13 +432,16 @@ def test_a_resumed_training_is_bit_equal_to_an_uninterrupted_one(kind, tmp_path)
         assert torch.equal(actual, expected), name
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
 @pytest.mark.parametrize("kind", TWO_KINDS)
-def test_trainer_compiles_to_one_graph_and_trains_the_same(kind, tmp_path):
+def test_trainer_compiles_to_one_graph_and_trains_the_same(kind, packed, tmp_path):
     torch._dynamo.reset()
     curves, options = [], {"max_steps": 4, "save_strategy": "no"}
     for compilation in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
         train, _ = trainer(tiny_model(kind), tmp_path, logging_steps=1, **options, **compilation)
         train.model._forward_hooks.clear()  # which breaks a graph
+        if packed:
+            train.data_collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_tensors="pt")
         torch._dynamo.utils.counters.clear()
         train.train()
         curves.append(torch.tensor([log["loss"] for log in train.state.log_history if "loss" in log]))

@@ -8,6 +8,8 @@ from peft import LoraConfig
 from test_generation import letters_tokenizer
 from trl import SFTConfig, SFTTrainer
 
+from modeling_xlstm.training_xlstm import decaying
+
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -61,6 +63,15 @@ def test_the_loss_is_that_of_the_model_whose_logits_are_capped(packing, tokenize
         expected = model.eval()(**batch).loss
     trainer.train()
     assert_near(torch.tensor(trainer.state.log_history[0]["loss"]), expected, 1e-4)
+
+
+def test_what_decays_is_said_by_a_method(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(SFTTrainer, "get_decay_parameter_names", lambda trainer, model: decaying(model))
+    trainer = trainer_of(tiny_model("pre_up_slstm"), tokenizer, tmp_path, max_steps=1, weight_decay=0.1)
+    groups = trainer.create_optimizer().param_groups
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    decayed = {names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]}
+    assert decayed == set(decaying(trainer.model)) and decayed < set(names.values())
 
 
 def test_a_model_is_loaded_by_its_path(tokenizer, tmp_path):

@@ -1,0 +1,100 @@
+"""`checkpoints/train.py` at the size of a toy: it learns, what it saves loads, and its card says what was measured."""
+
+import csv
+import importlib.util
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
+TOY = ["--width", "32", "--blocks", "2", "--heads", "1", "--batch-size", "4", "--window", "16", "--dropout", "0"]
+STACK = ["--stack", "1:1"]
+
+
+@pytest.fixture
+def train(monkeypatch, tmp_path):
+    """The script as a function of its options; its data repeat a sentence."""
+    specification = importlib.util.spec_from_file_location("train", CHECKPOINTS / "train.py")
+    script = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(script)
+    monkeypatch.setattr(script, "PROMPTS", ["To be,"])
+    monkeypatch.chdir(tmp_path)
+    data = Path("data")
+    data.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(CHECKPOINTS / "xlstm-demo" / name, data / name)
+    sentence = AutoTokenizer.from_pretrained(data)("To be, or not to be: that is the question. ").input_ids
+    described = {"recipe": "-", "sources": []}
+    for part, times in (("train", 40), ("held_out", 4)):
+        np.save(data / f"{part}.npy", np.array(sentence * times, dtype=np.uint16))
+        described[part] = {"documents": 1, "bytes": 43 * times, "tokens": len(sentence) * times}
+    described["held_out"]["xz_bits_per_byte"] = 1.0
+    (data / "data.json").write_text(json.dumps(described))
+
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--data", "data", "--out", "out", *options])
+        script.main()
+
+    return run
+
+
+def curve(column):
+    with Path("out", "loss.csv").open() as file:
+        return [float(row[column]) for row in csv.DictReader(file) if row[column]]
+
+
+@pytest.mark.parametrize("blocks", [STACK, ["--slstm", "1"]])
+def test_what_was_learned_is_saved_and_its_card_says_so(train, blocks):
+    train(*TOY, *blocks, "--steps", "60", "--learning-rate", "0.01")
+    bits = curve("held_out_bits_per_byte")
+    assert bits[-1] < 0.3 * bits[0]
+    card = Path("out", "README.md").read_text()
+    said = float(re.search(r"\*\*(.*)\*\*", card)[1])
+    assert said == pytest.approx(bits[-1], abs=0.02)
+    assert " ".join(["python", *sys.argv]) in card
+    model, tokenizer = AutoModelForCausalLM.from_pretrained("out"), AutoTokenizer.from_pretrained("out")
+    assert model.dtype == torch.bfloat16 and model.config.block_types == ["mlstm", "slstm"]
+    text = model.generate(**tokenizer("To be,", return_tensors="pt"), max_new_tokens=6, do_sample=False)
+    assert tokenizer.decode(text[0]).startswith("To be, or not to be")
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(train, monkeypatch):
+    train(*TOY, *STACK, "--steps", "20", "--run", "whole")
+    whole = curve("train_loss")
+    stop = "transformers.Trainer._save_checkpoint"
+    saved = []
+
+    def save_and_stop(self, *args, _save=sys.modules["transformers"].Trainer._save_checkpoint, **options):
+        _save(self, *args, **options)
+        saved.append(self.state.global_step)
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(stop, save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(*TOY, *STACK, "--steps", "20", "--run", "parts")
+    train(*TOY, *STACK, "--steps", "20", "--run", "parts", "--resume")
+    assert saved[2] == 6 and curve("train_loss") == whole
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ([*STACK], "one of --steps and --max-minutes must be given"),
+        (["--slstm", "2", "--steps", "1"], "--slstm must be numbers of blocks, from 0 to 1, got 2"),
+        (["--stack", "7:1", "--steps", "1"], "num_hidden_layers must be a multiple of 8 for the ratio 7:1, got 2"),
+        (["--steps", "1", *STACK, "--resume"], "--resume needs a run to go on with"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_in_a_sentence(train, options, sentence, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train(*TOY, *options)
+    assert sentence in f"{stopped.value.code} {capsys.readouterr().err}"
