@@ -26,7 +26,7 @@ import transformers
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, EvalPrediction, GenerationConfig, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint, set_seed
+from transformers.trainer_utils import set_seed
 
 import modeling_xlstm
 from modeling_xlstm import XLSTMConfig, XLSTMForCausalLM, count_parameters
@@ -324,7 +324,7 @@ def main() -> None:
     if args.max_minutes is not None:
         trainer.add_callback(Clock(STARTED + 60 * args.max_minutes - FINISH_SECONDS))
     start = time.monotonic()
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(args.run) if args.resume else None)
+    trainer.train(resume_from_checkpoint=args.resume)
     settings["seconds"] += time.monotonic() - start
     (args.run / "plan.json").write_text(json.dumps(settings))
 

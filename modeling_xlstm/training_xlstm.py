@@ -5,6 +5,7 @@
 Dims: `B` batch `T` time.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import SchedulerType, Trainer, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from .cache_xlstm import XLSTMCache
 from .fingerprint import find_stack
@@ -168,13 +170,37 @@ class Windows(Dataset):
         return {"input_ids": ids, "labels": ids, "shift_labels": after, "window": window}
 
 
+def last_checkpoint(output_dir: str) -> str:
+    """The newest checkpoint in a folder that was written to its end, the state of the `Trainer`, which comes last.
+
+    Raises ValueError if there is none.
+    """
+    numbered = [
+        (int(number), path)
+        for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if (number := path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")).isdigit() and _is_complete(path)
+    ]
+    if not numbered:
+        raise ValueError(f"A training goes on from a checkpoint that is complete, got none in {output_dir}.")
+    return str(max(numbered)[1])
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+    return True
+
+
 class XLSTMTrainer(Trainer):
     """A `Trainer` that decays the weights in `decaying`, knows the schedules of `recipe`, and carries the state of each
     row from step to step where the data are `Windows`: truncated backpropagation through time.
 
     States start empty with each pass over the text, are detached between steps, and are kept in checkpoints, so that
-    what is resumed goes on as if nothing had been. Evaluation starts each batch from an empty state. A language model
-    that computes its loss itself does so without all of its logits in memory (`skip_logits`).
+    what is resumed goes on as if nothing had been; `resume_from_checkpoint=True` is from the `last_checkpoint`.
+    Evaluation starts each batch from an empty state. A language model that computes its loss itself does so without all
+    of its logits in memory (`skip_logits`).
 
     Raises ValueError if windows do not follow each other, or are to be trained on several devices or with smoothed
     labels, and if a checkpoint of such a training has no states.
@@ -182,6 +208,11 @@ class XLSTMTrainer(Trainer):
 
     cache: XLSTMCache | None = None
     windows = 0  # that the cache has read of each row
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return decaying(model)

@@ -245,6 +245,42 @@ def test_a_checkpoint_has_its_states_before_it_seems_complete(tmp_path):
     assert "state.safetensors" in files and "trainer_state.json" not in files
 
 
+PLACES = ("save_model", "_save_optimizer_and_scheduler", "_save_rng_state", "_save_checkpoint")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_training_that_is_killed_while_it_saves_goes_on_from_the_checkpoint_before(place, tmp_path):
+    whole, losses = trainer(tiny_model("post_up"), tmp_path / "whole", save_strategy="no")
+    whole.train()
+    train, _ = trainer(tiny_model("post_up"), tmp_path / "killed", save_steps=4)
+    method = getattr(train, place)
+
+    def kill(*args, **kwargs):
+        if train.state.global_step < 8:
+            return method(*args, **kwargs)
+        if place == "_save_checkpoint":  # while it writes the last file
+            method(*args, **kwargs)
+            path = tmp_path / "killed" / "checkpoint-8" / "trainer_state.json"
+            path.write_text(path.read_text()[:100])
+        raise KeyboardInterrupt
+
+    setattr(train, place, kill)
+    with pytest.raises(KeyboardInterrupt):
+        train.train()
+    assert (tmp_path / "killed" / "checkpoint-8").is_dir()
+    resumed, resumed_losses = trainer(tiny_model("post_up"), tmp_path / "killed", save_strategy="no")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed_losses == losses[4:]
+
+
+def test_a_training_does_not_go_on_from_nothing(tmp_path):
+    train, _ = trainer(tiny_model("post_up"), tmp_path)
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "checkpoint-best").mkdir()
+    with pytest.raises(ValueError, match=f"goes on from a checkpoint that is complete, got none in {tmp_path}"):
+        train.train(resume_from_checkpoint=True)
+
+
 def test_a_checkpoint_without_states_is_refused(tmp_path):
     train, _ = trainer(tiny_model("post_up"), tmp_path, save_steps=4, max_steps=4)
     train.train()
