@@ -30,7 +30,7 @@ from transformers.trainer_utils import set_seed
 
 import modeling_xlstm
 from modeling_xlstm import XLSTMConfig, XLSTMForCausalLM, count_parameters
-from modeling_xlstm.training_xlstm import XLSTMTrainer
+from modeling_xlstm.training_xlstm import XLSTMTrainer, last_checkpoint
 
 
 STARTED = time.monotonic()
@@ -324,7 +324,7 @@ def main() -> None:
     if args.max_minutes is not None:
         trainer.add_callback(Clock(STARTED + 60 * args.max_minutes - FINISH_SECONDS))
     start = time.monotonic()
-    trainer.train(resume_from_checkpoint=args.resume)
+    trainer.train(resume_from_checkpoint=last_checkpoint(args.run) if args.resume else None)
     settings["seconds"] += time.monotonic() - start
     (args.run / "plan.json").write_text(json.dumps(settings))
 

@@ -41,9 +41,6 @@ from .mlstm_triton_kernels import (
 from .triton_language import blocks_of, power_of_2, processors, shared_memory
 
 
-LINE = 16  # halves of a head, or what Triton takes for a multiple when it reads several at once
-
-
 class _Blocks(NamedTuple):
     """How work is cut. Picked on an H100; float32 is for exactness: its products run without tensor cores."""
 
@@ -137,25 +134,26 @@ def _rows(x: Tensor) -> Tensor:
     if x.dim() == 2:
         return x
     heads_in_tokens = x.stride(-1) == 1 and x.stride(1) <= max(x.stride(0), x.shape[-1])
-    whole = x.dtype == torch.float32 or (_at_16(x) == (True,) and x.stride(0) % LINE == x.stride(1) % LINE == 0)
+    whole = x.dtype == torch.float32 or (all(_at_16(x)) and x.stride(0) % 16 == x.stride(1) % 16 == 0)
     where_it_is = heads_in_tokens and whole and x.stride(0) < 1 << 22
     return x if where_it_is else x.clone(memory_format=torch.contiguous_format)
 
 
 def _whole(size: int, dtype: torch.dtype) -> int:
     """Size of a head in whole lines; float32, which tensor cores do not multiply, is read as it is."""
-    return size if dtype == torch.float32 else (size + LINE - 1) // LINE * LINE
+    return size if dtype == torch.float32 else _aligned(size)
 
 
 def _padded(x: Tensor | None, *sizes: int) -> Tensor | None:
     """x with zeros that make its last axes this long."""
     if x is None or x.shape[-len(sizes) :] == sizes:
         return x
-    return F.pad(x, [n for axis, size in zip((-1, -2), sizes[::-1], strict=False) for n in (0, size - x.shape[axis])])
+    missing = [size - given for size, given in zip(sizes, x.shape[-len(sizes) :], strict=True)]
+    return F.pad(x, [n for zeros in reversed(missing) for n in (0, zeros)])
 
 
 def _aligned(size: int) -> int:
-    """A length at which arrays that follow each other are aligned, so that kernels for one fit another."""
+    """The next multiple of 16, by which Triton knows arrays that follow each other for aligned."""
     return (size + 15) // 16 * 16
 
 

@@ -170,19 +170,14 @@ class Windows(Dataset):
         return {"input_ids": ids, "labels": ids, "shift_labels": after, "window": window}
 
 
-def last_checkpoint(output_dir: str) -> str:
-    """The newest checkpoint in a folder that was written to its end, the state of the `Trainer`, which comes last.
-
-    Raises ValueError if there is none.
-    """
+def last_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest checkpoint in a folder that was written to its end, the state of the `Trainer`; None without one."""
     numbered = [
         (int(number), path)
         for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         if (number := path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")).isdigit() and _is_complete(path)
     ]
-    if not numbered:
-        raise ValueError(f"A training goes on from a checkpoint that is complete, got none in {output_dir}.")
-    return str(max(numbered)[1])
+    return str(max(numbered)[1]) if numbered else None
 
 
 def _is_complete(checkpoint: Path) -> bool:
@@ -211,7 +206,10 @@ class XLSTMTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            folder = self.args.output_dir
+            resume_from_checkpoint = last_checkpoint(folder)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"A training goes on from a checkpoint that is complete, got none in {folder}.")
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:

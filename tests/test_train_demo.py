@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
@@ -66,23 +66,25 @@ def test_what_was_learned_is_saved_and_its_card_says_so(train, blocks):
     assert tokenizer.decode(text[0]).startswith("To be, or not to be")
 
 
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(train, monkeypatch):
+@pytest.mark.parametrize("saves", [0, 3])
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(saves, train, monkeypatch):
+    """With so many checkpoints, from its start if there is none."""
     train(*TOY, *STACK, "--steps", "20", "--run", "whole")
-    whole = curve("train_loss")
-    stop = "transformers.Trainer._save_checkpoint"
-    saved = []
+    whole, save, steps = curve("train_loss"), Trainer._save_checkpoint, []
 
-    def save_and_stop(self, *args, _save=sys.modules["transformers"].Trainer._save_checkpoint, **options):
-        _save(self, *args, **options)
-        saved.append(self.state.global_step)
-        if len(saved) == 3:
+    def stop(self, *args, **options):
+        if len(steps) == saves:
             raise KeyboardInterrupt
+        steps.append(self.state.global_step)
+        save(self, *args, **options)
 
-    monkeypatch.setattr(stop, save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
-        train(*TOY, *STACK, "--steps", "20", "--run", "parts")
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_save_checkpoint", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(*TOY, *STACK, "--steps", "20", "--run", "parts")
+    assert steps == [2, 4, 6][:saves]
     train(*TOY, *STACK, "--steps", "20", "--run", "parts", "--resume")
-    assert saved[2] == 6 and curve("train_loss") == whole
+    assert curve("train_loss") == whole
 
 
 @pytest.mark.parametrize(
