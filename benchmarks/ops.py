@@ -206,7 +206,7 @@ def lstm_inputs(x: Inputs) -> Inputs:
 def loss_of_logits(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     from modeling_xlstm.logits_triton import cross_entropy
 
-    return cross_entropy(x @ weight.t(), labels, CAP)[0]
+    return cross_entropy(x @ weight.t(), labels, CAP, -100)[0]
 
 
 def loss_by_formula(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ Dims: `B` batch `S` positions of inputs `T` of outputs `C` channels `J` taps `P`
 import torch
 from torch import Tensor
 
+from .custom_op import op
 from .triton_language import blocks_of, processors, rows_of, tl, triton
 
 
@@ -169,7 +170,7 @@ def _cut(direction: str, x: Tensor, weight: Tensor, length: int) -> tuple[tuple[
     }  # fmt: skip
 
 
-@torch.library.custom_op("modeling_xlstm::causal_conv", mutates_args=())
+@op("causal_conv")
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
     """`y[:, t] = silu(bias + sum_j weight[:, j] * x[:, t - padding + j])`, x being 0 before its first position.
 
@@ -200,7 +201,7 @@ def _(x, weight, bias, padding):
     return x.new_empty(B, S + padding - (weight.shape[1] - 1), C)
 
 
-@torch.library.custom_op("modeling_xlstm::causal_conv_backward", mutates_args=())
+@op("causal_conv_backward")
 def _causal_conv_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, padding: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -233,4 +234,4 @@ def _backward(ctx, dy):
     return *_causal_conv_backward(dy, *ctx.saved_tensors, ctx.padding), None
 
 
-causal_conv.register_autograd(_backward, setup_context=_setup_context)
+causal_conv.register_autograd(_backward, _setup_context)

@@ -9,6 +9,7 @@ Dims: `R` rows (tokens of all sequences) `K` inputs `G` gates `S` parts of the i
 import torch
 from torch import Tensor
 
+from .custom_op import op
 from .triton_language import blocks_of, power_of_2, rows_of, tl, triton
 
 
@@ -101,7 +102,7 @@ def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     return dweight.sum(0)
 
 
-@torch.library.custom_op("modeling_xlstm::gates", mutates_args=())
+@op("gates")
 def gates(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x @ weight.T + bias` `[..., G]`, in float32.
 
@@ -123,7 +124,7 @@ def gates(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y.sum(0) if S > 1 else y[0]
 
 
-@torch.library.custom_op("modeling_xlstm::gates_backward", mutates_args=())
+@op("gates_backward")
 def _gates_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x and weight, and that of a bias in float32."""
     dy, weight = dy.contiguous(), weight.contiguous()
@@ -157,4 +158,4 @@ def _backward(ctx, dy):
     return dx, dweight, None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype)
 
 
-gates.register_autograd(_backward, setup_context=_setup_context)
+gates.register_autograd(_backward, _setup_context)

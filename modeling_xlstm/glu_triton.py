@@ -9,6 +9,7 @@ Dims: `R` rows (tokens of all sequences) `F` outputs `BF` outputs of a block.
 import torch
 from torch import Tensor
 
+from .custom_op import op
 from .triton_language import blocks_of, tl, triton
 
 
@@ -65,7 +66,7 @@ def glu_bwd_kernel(dy, x, dx, F, ACTIVATION: tl.constexpr, BF: tl.constexpr):
 # launchers
 
 
-@torch.library.custom_op("modeling_xlstm::gated_linear_unit", mutates_args=())
+@op("gated_linear_unit")
 def gated_linear_unit(x: Tensor, activation: str) -> Tensor:
     """`activation(gate) * up` `[..., F]` in the dtype of x.
 
@@ -86,7 +87,7 @@ def _(x, activation):
     return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
 
 
-@torch.library.custom_op("modeling_xlstm::gated_linear_unit_backward", mutates_args=())
+@op("gated_linear_unit_backward")
 def _gated_linear_unit_backward(dy: Tensor, x: Tensor, activation: str) -> Tensor:
     """The gradient of x."""
     dy, x = dy.contiguous(), x.contiguous()
@@ -112,4 +113,4 @@ def _backward(ctx, dy):
     return _gated_linear_unit_backward(dy, *ctx.saved_tensors, ctx.activation), None
 
 
-gated_linear_unit.register_autograd(_backward, setup_context=_setup_context)
+gated_linear_unit.register_autograd(_backward, _setup_context)

@@ -12,6 +12,7 @@ Dims: `B` batch `T` time `H` heads `V` value head dim `R` rows (tokens of all se
 import torch
 from torch import Tensor
 
+from .custom_op import op
 from .triton_language import blocks_of, power_of_2, processors, rows_of, tl, triton
 
 
@@ -172,10 +173,10 @@ def _programs(warps: int, device: torch.device) -> int:
     return max(1, WARPS // warps) * max(1, processors(device))
 
 
-@torch.library.custom_op("modeling_xlstm::gated_head_norm", mutates_args=())
+@op("gated_head_norm")
 def gated_head_norm(
     h: Tensor, o: Tensor | None, weight: Tensor, bias: Tensor | None, offset: float, eps: float,
-    c: Tensor | None = None, skip: Tensor | None = None,
+    c: Tensor | None, skip: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """`sigmoid(o) * (layer_norm(h) * (weight + offset) + bias)`, the norm over the last axis; without o no gate. With c
     and skip it is `silu(o) * (layer_norm(h) * (weight + offset) + bias + skip * c)`.
@@ -201,12 +202,12 @@ def gated_head_norm(
 
 
 @gated_head_norm.register_fake
-def _(h, o, weight, bias, offset, eps, c=None, skip=None):
+def _(h, o, weight, bias, offset, eps, c, skip):
     B, T, H, V = h.shape
     return h.new_empty(B, T, H * V)
 
 
-@torch.library.custom_op("modeling_xlstm::gated_head_norm_backward", mutates_args=())
+@op("gated_head_norm_backward")
 def _gated_head_norm_backward(
     dy: Tensor, h: Tensor, o: Tensor | None, weight: Tensor, bias: Tensor | None, offset: float, eps: float,
     c: Tensor | None, skip: Tensor | None,
@@ -252,4 +253,4 @@ def _backward(ctx, dy):
     return dh, do, dweight, dbias, None, None, dc, dskip
 
 
-gated_head_norm.register_autograd(_backward, setup_context=_setup_context)
+gated_head_norm.register_autograd(_backward, _setup_context)

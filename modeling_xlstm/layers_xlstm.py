@@ -61,7 +61,7 @@ class XLSTMNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.rms and needs_triton(self.backend, x):
-            return gated_head_norm(x.unsqueeze(-2), None, self.weight, None, 1.0, self.eps)
+            return gated_head_norm(x.unsqueeze(-2), None, self.weight, None, 1.0, self.eps, None, None)
         if not self.rms:
             return F.layer_norm(x, self.weight.shape, 1 + self.weight, None, self.eps)
         y = rms_norm(x, self.weight, self.eps)

@@ -11,6 +11,7 @@ Dims: `N` rows (tokens of all sequences) `D` inputs of the projection `V` vocabu
 import torch
 from torch import Tensor
 
+from .custom_op import op
 from .triton_language import blocks_of, power_of_2, tl, triton
 
 
@@ -117,7 +118,7 @@ def cross_entropy_bwd_kernel(
 # launchers
 
 
-@torch.library.custom_op("modeling_xlstm::soft_cap", mutates_args=())
+@op("soft_cap")
 def soft_cap(x: Tensor, cap: float) -> Tensor:
     """`cap * tanh(x / cap)` of any shape, float16, bfloat16 or float32."""
     x = x.contiguous()
@@ -132,7 +133,7 @@ def _(x, cap):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("modeling_xlstm::soft_cap_backward", mutates_args=())
+@op("soft_cap_backward")
 def _soft_cap_backward(dy: Tensor, x: Tensor, cap: float) -> Tensor:
     """The gradient of x."""
     dy, x = dy.contiguous(), x.contiguous()
@@ -152,9 +153,11 @@ def _setup_soft_cap(ctx, inputs, output):
     ctx.save_for_backward(x)
 
 
-soft_cap.register_autograd(
-    lambda ctx, dy: (_soft_cap_backward(dy, *ctx.saved_tensors, ctx.cap), None), setup_context=_setup_soft_cap
-)
+def _backward_soft_cap(ctx, dy):
+    return _soft_cap_backward(dy, *ctx.saved_tensors, ctx.cap), None
+
+
+soft_cap.register_autograd(_backward_soft_cap, _setup_soft_cap)
 
 
 def _options(V: int, cap: float | None) -> dict:
@@ -162,10 +165,8 @@ def _options(V: int, cap: float | None) -> dict:
     return {"CAPPED": cap is not None, "BV": min(BLOCK, power_of_2(V)), "num_warps": 8, "enable_fp_fusion": False}
 
 
-@torch.library.custom_op("modeling_xlstm::cross_entropy", mutates_args=())
-def cross_entropy(
-    x: Tensor, labels: Tensor, cap: float | None = None, ignore_index: int = -100
-) -> tuple[Tensor, Tensor]:
+@op("cross_entropy")
+def cross_entropy(x: Tensor, labels: Tensor, cap: float | None, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Sum of the cross-entropies of `soft_cap(x, cap)` to the labels, and what the backward pass needs `[2, N]`.
 
     Args:
@@ -182,11 +183,11 @@ def cross_entropy(
 
 
 @cross_entropy.register_fake
-def _(x, labels, cap=None, ignore_index=-100):
+def _(x, labels, cap, ignore_index):
     return x.new_empty((), dtype=torch.float32), x.new_empty(2, x.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("modeling_xlstm::cross_entropy_backward", mutates_args=())
+@op("cross_entropy_backward")
 def _cross_entropy_backward(
     d_loss: Tensor, x: Tensor, labels: Tensor, stats: Tensor, cap: float | None, ignore_index: int
 ) -> Tensor:
@@ -216,7 +217,7 @@ def _backward(ctx, d_loss, _):
     return _cross_entropy_backward(d_loss, x, labels, stats, ctx.cap, ctx.ignore_index), None, None, None
 
 
-cross_entropy.register_autograd(_backward, setup_context=_setup_context)
+cross_entropy.register_autograd(_backward, _setup_context)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -227,7 +228,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
-@torch.library.custom_op("modeling_xlstm::linear_cross_entropy", mutates_args=())
+@op("linear_cross_entropy")
 def _linear_cross_entropy(
     x: Tensor, weight: Tensor, labels: Tensor, cap: float | None, ignore_index: int, needs_dx: bool, needs_dweight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -273,7 +274,7 @@ def _backward_linear(ctx, d_loss, *_):
     return dx, dweight, None, None, None, None, None
 
 
-_linear_cross_entropy.register_autograd(_backward_linear, setup_context=_setup_linear)
+_linear_cross_entropy.register_autograd(_backward_linear, _setup_linear)
 
 
 def linear_cross_entropy(

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import full_precision
+from .custom_op import op
 
 
 # exp(-m), the least denominator, is not let grow further: h is zero there, and infinity would have no gradient.
@@ -208,7 +209,7 @@ class _Chunked:
         self.denominator = torch.maximum(self.normaliser.abs(), self.floor) + eps
 
 
-@torch.library.custom_op("modeling_xlstm::mlstm_chunkwise", mutates_args=())
+@op("mlstm_chunkwise")
 def mlstm_chunkwise(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, C: Tensor, n: Tensor, m: Tensor,
     cu_seqlens: Tensor | None, input_gate: str, chunk_size: int, eps: float,
@@ -240,7 +241,7 @@ def _(q, k, v, igate, fgate, C, n, m, cu_seqlens, input_gate, chunk_size, eps):
     return tuple(x.new_empty(x.shape) for x in (v, C, n, m))
 
 
-@torch.library.custom_op("modeling_xlstm::mlstm_chunkwise_backward", mutates_args=())
+@op("mlstm_chunkwise_backward")
 def _mlstm_chunkwise_backward(
     dh: Tensor, dC: Tensor, dn: Tensor, dm: Tensor,
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, C: Tensor, n: Tensor, m: Tensor,
@@ -355,4 +356,4 @@ def _backward(ctx, dh, dC, dn, dm):
     return *grads, None, None, None, None
 
 
-mlstm_chunkwise.register_autograd(_backward, setup_context=_setup_context)
+mlstm_chunkwise.register_autograd(_backward, _setup_context)

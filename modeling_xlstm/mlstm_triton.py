@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import full_precision, rising
+from .custom_op import op
 from .mlstm_triton_kernels import (
     mlstm_bwd_combine_kernel,
     mlstm_bwd_gates_kernel,
@@ -214,7 +215,7 @@ def _kept_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-@torch.library.custom_op("modeling_xlstm::mlstm_chunkwise_triton", mutates_args=())
+@op("mlstm_chunkwise_triton")
 def mlstm_chunkwise(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, C: Tensor | None, n: Tensor | None, m: Tensor | None,
     cu_seqlens: Tensor | None, input_gate: str, gate_soft_cap: float | None, eps: float,
@@ -302,7 +303,7 @@ def _(q, k, v, igate, fgate, C, n, m, cu_seqlens, input_gate, gate_soft_cap, eps
     )
 
 
-@torch.library.custom_op("modeling_xlstm::mlstm_chunkwise_triton_backward", mutates_args=())
+@op("mlstm_chunkwise_triton_backward")
 def _mlstm_chunkwise_backward(
     dh: Tensor, dC: Tensor | None, dn: Tensor | None, dm: Tensor | None,
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, cu_seqlens: Tensor | None, h: Tensor,
@@ -424,4 +425,4 @@ def _backward(ctx, dh, dC, dn, dm, *_):
     return *grads, *state_grads, None, None, None, None
 
 
-mlstm_chunkwise.register_autograd(_backward, setup_context=_setup_context)
+mlstm_chunkwise.register_autograd(_backward, _setup_context)

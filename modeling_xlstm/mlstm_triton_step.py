@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .checks import full_precision
+from .custom_op import op
 from .fused import soft_cap
 from .mlstm_torch import MLSTMState, hold_padding
 from .mlstm_torch import mlstm_step as mlstm_step_torch
@@ -178,7 +179,7 @@ def _overwrite(
 # ops
 
 
-@torch.library.custom_op("modeling_xlstm::mlstm_step_triton", mutates_args=())
+@op("mlstm_step_triton")
 def mlstm_step(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, C: Tensor, n: Tensor, m: Tensor,
     mask: Tensor | None, input_gate: str, gate_soft_cap: float | None, eps: float,
@@ -264,4 +265,4 @@ def _backward(ctx, *grads):
     return *torch.autograd.grad(outputs, inputs, d_outputs, materialize_grads=True), None, None, None, None
 
 
-mlstm_step.register_autograd(_backward, setup_context=_setup_context)
+mlstm_step.register_autograd(_backward, _setup_context)

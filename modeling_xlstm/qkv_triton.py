@@ -11,6 +11,7 @@ Dims: `B` batch `T` time `R` rows (tokens of all sequences) `C` channels `N` squ
 import torch
 from torch import Tensor
 
+from .custom_op import op
 from .gates_triton import exact_dot, weight_gradient
 from .triton_language import blocks_of, power_of_2, processors, rows_of, tl, triton
 
@@ -123,7 +124,7 @@ def _sizes(squares: Tensor) -> dict[str, int]:
     return {"N": N, "W": W, "BW": max(16, power_of_2(W))}
 
 
-@torch.library.custom_op("modeling_xlstm::qkv_and_gates", mutates_args=())
+@op("qkv_and_gates")
 def qkv_and_gates(
     c: Tensor, x: Tensor, squares: Tensor, gate_weight: Tensor, gate_bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -153,7 +154,7 @@ def _(c, x, squares, gate_weight, gate_bias):
     return *(c.new_empty(c.shape) for _ in range(3)), gates
 
 
-@torch.library.custom_op("modeling_xlstm::qkv_and_gates_backward", mutates_args=())
+@op("qkv_and_gates_backward")
 def _qkv_and_gates_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, dgates: Tensor, c: Tensor, x: Tensor, q: Tensor, k: Tensor, v: Tensor,
     squares: Tensor, gate_weight: Tensor,
@@ -191,4 +192,4 @@ def _backward(ctx, dq, dk, dv, dgates):
     return *grads, None if ctx.bias_dtype is None else dgates.flatten(0, 1).sum(0).to(ctx.bias_dtype)
 
 
-qkv_and_gates.register_autograd(_backward, setup_context=_setup_context)
+qkv_and_gates.register_autograd(_backward, _setup_context)

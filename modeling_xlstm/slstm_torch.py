@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import full_precision
+from .custom_op import op
 
 
 # Largest log weight of the state before the first step, where the stabiliser follows the input gate alone.
@@ -120,7 +121,7 @@ def _states(*states: Tensor) -> list[Tensor]:
     return [x.transpose(0, 1).clone(memory_format=torch.contiguous_format) for x in states]
 
 
-@torch.library.custom_op("modeling_xlstm::slstm_scan", mutates_args=())
+@op("slstm_scan")
 def slstm_scan(
     gates: Tensor, R: Tensor, h: Tensor, c: Tensor, n: Tensor, m: Tensor,
     mask: Tensor | None, cu_seqlens: Tensor | None, keep: bool,
@@ -177,7 +178,7 @@ def _(gates, R, h, c, n, m, mask, cu_seqlens, keep):
     return gates.new_empty(B, T, H, D), *(x.new_empty(x.shape) for x in (h, c, n, m)), pre, after
 
 
-@torch.library.custom_op("modeling_xlstm::slstm_scan_backward", mutates_args=())
+@op("slstm_scan_backward")
 def _slstm_scan_backward(
     dy: Tensor | None, dh: Tensor | None, dc: Tensor | None, dn: Tensor | None, dm: Tensor | None,
     pre: Tensor, after: Tensor, c_last: Tensor, n_last: Tensor,
@@ -264,9 +265,7 @@ def _(dy, dh, dc, dn, dm, pre, after, c_last, n_last, R, h, c, n, m, mask, cu_se
 
 
 def _setup_context(ctx, inputs, output):
-    _, R, h, c, n, m, mask, cu_seqlens, keep = inputs
-    if not keep:
-        raise RuntimeError("slstm_scan must keep its activations to be differentiated, got keep=False.")
+    _, R, h, c, n, m, mask, cu_seqlens, ctx.keep = inputs
     y, _, c_last, n_last, _, pre, after = output
     ctx.dtype = y.dtype
     ctx.set_materialize_grads(False)
@@ -274,10 +273,12 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dy, dh, dc, dn, dm, _d_pre, _d_after):
+    if not ctx.keep:
+        raise RuntimeError("slstm_scan must keep its activations to be differentiated, got keep=False.")
     saved = ctx.saved_tensors  # may be read only once under checkpointing
     with full_precision(saved[0].device):
         d_gates, *grads = _slstm_scan_backward(dy, dh, dc, dn, dm, *saved)
     return d_gates.to(ctx.dtype), *grads, None, None, None
 
 
-slstm_scan.register_autograd(_backward, setup_context=_setup_context)
+slstm_scan.register_autograd(_backward, _setup_context)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .checks import full_precision, product_dtype, rising
+from .custom_op import op
 from .slstm_triton_kernels import UNWRITTEN, slstm_bwd_kernel, slstm_fwd_kernel
 from .triton_language import blocks_of, power_of_2, processors, shared_memory
 
@@ -105,7 +106,7 @@ def _clear(x: Tensor) -> None:
     x.view(torch.int32 if x.dtype == torch.float32 else torch.int16).fill_(UNWRITTEN.value)
 
 
-@torch.library.custom_op("modeling_xlstm::slstm_scan_triton", mutates_args=())
+@op("slstm_scan_triton")
 def slstm_scan(
     gates: Tensor, R: Tensor, h: Tensor, c: Tensor, n: Tensor, m: Tensor,
     mask: Tensor | None, cu_seqlens: Tensor | None, keep: bool,
@@ -157,7 +158,7 @@ def _(gates, R, h, c, n, m, mask, cu_seqlens, keep):
     return y, *_states(h), pre, before, h_before
 
 
-@torch.library.custom_op("modeling_xlstm::slstm_scan_triton_backward", mutates_args=())
+@op("slstm_scan_triton_backward")
 def slstm_scan_backward(
     dy: Tensor, dh: Tensor, dc: Tensor, dn: Tensor, dm: Tensor, R: Tensor, c: Tensor, n: Tensor, m: Tensor,
     mask: Tensor | None, cu_seqlens: Tensor | None, pre: Tensor, before: Tensor, h_before: Tensor,
@@ -202,9 +203,7 @@ def _(dy, dh, dc, dn, dm, R, c, n, m, mask, cu_seqlens, pre, before, h_before):
 
 
 def _setup_context(ctx, inputs, output):
-    _, R, _, _, _, _, mask, cu_seqlens, keep = inputs
-    if not keep:
-        raise RuntimeError("slstm_scan must keep its activations to be differentiated, got keep=False.")
+    _, R, _, _, _, _, mask, cu_seqlens, ctx.keep = inputs
     y, _, *last_and_kept = output
     ctx.dtype = y.dtype
     ctx.set_materialize_grads(False)  # of what is kept they would be as large as that
@@ -212,6 +211,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dy, dh, dc, dn, dm, *_):
+    if not ctx.keep:
+        raise RuntimeError("slstm_scan must keep its activations to be differentiated, got keep=False.")
     R, mask, cu_seqlens, c, n, m, pre, before, h_before = ctx.saved_tensors
     dy = h_before.new_zeros(h_before.shape, dtype=ctx.dtype) if dy is None else dy
     dh, dc, dn, dm = (torch.zeros_like(c) if x is None else x for x in (dh, dc, dn, dm))
@@ -220,4 +221,4 @@ def _backward(ctx, dy, dh, dc, dn, dm, *_):
     return *grads, None, None, None
 
 
-slstm_scan.register_autograd(_backward, setup_context=_setup_context)
+slstm_scan.register_autograd(_backward, _setup_context)

@@ -63,6 +63,6 @@ def test_values_and_gradients_are_right(B, T, K, G, dtype, weight_dtype, biased)
 def test_the_ops_are_registered_right():
     x = torch.randn(2, 3, 32, device=DEVICE, requires_grad=True, dtype=torch.float16)
     weight, bias = torch.randn(4, 32, device=DEVICE, requires_grad=True), torch.randn(4, device=DEVICE)
-    torch.library.opcheck(gates, (x, weight, bias))
+    torch.library.opcheck(torch.ops.modeling_xlstm.gates, (x, weight, bias))
     dy = torch.randn(2, 3, 4, device=DEVICE)
     torch.library.opcheck(torch.ops.modeling_xlstm.gates_backward, (dy, x.detach(), weight.detach()))

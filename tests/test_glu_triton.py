@@ -56,4 +56,4 @@ def test_large_gates_are_finite():
 
 def test_the_op_is_registered_right():
     x = torch.randn(2, 3, 8, device=DEVICE, requires_grad=True)
-    torch.library.opcheck(gated_linear_unit, (x, "silu"))
+    torch.library.opcheck(torch.ops.modeling_xlstm.gated_linear_unit, (x, "silu"))

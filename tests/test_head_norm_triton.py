@@ -193,9 +193,9 @@ def test_addresses_beyond_32_bits_are_right():
     assert B * T * H * V > 2**31
     h = torch.randn(B, T, H, V, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
     weight = torch.ones(H * V, device=DEVICE)
-    y = gated_head_norm(h, None, weight, None, 0.0, 1e-6)
+    y = gated_head_norm(h, None, weight, None, 0.0, 1e-6, None, None)
     (dh,) = torch.autograd.grad(y, h, y.detach())
     tail = h.detach()[:, -5:].requires_grad_()
-    expected = gated_head_norm(tail, None, weight, None, 0.0, 1e-6)
+    expected = gated_head_norm(tail, None, weight, None, 0.0, 1e-6, None, None)
     (expected_dh,) = torch.autograd.grad(expected, tail, expected.detach())
     assert torch.equal(y[:, -5:], expected) and torch.equal(dh[:, -5:], expected_dh)

@@ -7,7 +7,7 @@ from numerics import assert_each, assert_matches
 from triton_device import DEVICE, GPU, needs_somewhere_to_run
 
 from modeling_xlstm import logits_triton
-from modeling_xlstm.logits_triton import BLOCK, _linear_cross_entropy, cross_entropy, linear_cross_entropy, soft_cap
+from modeling_xlstm.logits_triton import BLOCK, cross_entropy, linear_cross_entropy, soft_cap
 
 
 pytestmark = [pytest.mark.usefixtures("poisoned_memory"), needs_somewhere_to_run]
@@ -48,7 +48,7 @@ def formula(labels, cap):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_gradients_are_right(shape, cap, dtype):
     x, labels = some(shape, dtype)
-    actual = value_and_gradient(lambda x: cross_entropy(x, labels.to(DEVICE), cap)[0], x.to(DEVICE))
+    actual = value_and_gradient(lambda x: cross_entropy(x, labels.to(DEVICE), cap, -100)[0], x.to(DEVICE))
     oracle, baseline = (value_and_gradient(formula(labels, cap), y) for y in (x.double(), x))
     assert_each(
         assert_matches, {"gradient": actual["gradient"]}, *({"gradient": r["gradient"]} for r in (oracle, baseline))
@@ -100,7 +100,7 @@ def test_only_gradients_that_are_needed_are_computed():
         assert [t.grad is not None for t in (x, weight)] == list(needs)
         x, weight = x.detach(), weight.detach()
     with torch.no_grad():
-        expected = cross_entropy(x @ weight.t(), labels)[0]
+        expected = cross_entropy(x @ weight.t(), labels, None, -100)[0]
         assert torch.equal(linear_cross_entropy(x.requires_grad_(), weight, labels), expected)
 
 
@@ -128,7 +128,7 @@ def test_rows_that_do_not_count_may_hold_anything(value):
     x, labels = some((5, 40), torch.float32)
     x, labels = x.to(DEVICE), labels.to(DEVICE)
     junk = x.masked_fill((labels == -100)[:, None], value)
-    expected, actual = (value_and_gradient(lambda x: cross_entropy(x, labels, 5.0)[0], y) for y in (x, junk))
+    expected, actual = (value_and_gradient(lambda x: cross_entropy(x, labels, 5.0, -100)[0], y) for y in (x, junk))
     assert_each(lambda a, b, name: torch.testing.assert_close(a, b, rtol=0, atol=0), actual, expected)
 
 
@@ -136,7 +136,7 @@ def test_rows_that_do_not_count_may_hold_anything(value):
 def test_a_label_that_is_no_word_is_seen(label):
     x, labels = some((5, 40), torch.float32)
     labels[2] = label
-    result = value_and_gradient(lambda x: cross_entropy(x, labels.to(DEVICE), 5.0)[0], x.to(DEVICE))
+    result = value_and_gradient(lambda x: cross_entropy(x, labels.to(DEVICE), 5.0, -100)[0], x.to(DEVICE))
     assert result["loss"].isnan()
     assert result["gradient"][2].isnan().all() and result["gradient"][0].isfinite().all()
 
@@ -144,7 +144,7 @@ def test_a_label_that_is_no_word_is_seen(label):
 def test_large_logits_are_exact():
     x, labels = some((5, 40), torch.float32)
     x = 1000 * x
-    actual = value_and_gradient(lambda x: cross_entropy(x, labels.to(DEVICE))[0], x.to(DEVICE))
+    actual = value_and_gradient(lambda x: cross_entropy(x, labels.to(DEVICE), None, -100)[0], x.to(DEVICE))
     expected = value_and_gradient(formula(labels, None), x.double())
     for name, y in actual.items():
         torch.testing.assert_close(y, expected[name].float(), rtol=1e-6, atol=1e-6)
@@ -159,12 +159,16 @@ def test_another_index_may_be_that_of_rows_that_do_not_count():
 
 def test_rows_may_lie_anywhere():
     x, labels = torch.randn(6, 100, device=DEVICE)[::2, 10:50], torch.tensor([3, -100, 5], device=DEVICE)
-    assert torch.equal(cross_entropy(x, labels)[0], cross_entropy(x.clone(), labels)[0])
+    assert torch.equal(cross_entropy(x, labels, None, -100)[0], cross_entropy(x.clone(), labels, None, -100)[0])
 
 
 def test_the_ops_are_registered_right():
     x, labels = some((5, 40), torch.float32)
-    torch.library.opcheck(soft_cap, (x.to(DEVICE).requires_grad_(), 5.0))
+    torch.library.opcheck(torch.ops.modeling_xlstm.soft_cap, (x.to(DEVICE).requires_grad_(), 5.0))
     inputs = torch.randn(5, 16, device=DEVICE).requires_grad_(), torch.randn(40, 16, device=DEVICE).requires_grad_()
-    torch.library.opcheck(_linear_cross_entropy, (*inputs, labels.to(DEVICE), 5.0, -100, True, True))
-    torch.library.opcheck(cross_entropy, (x.to(DEVICE).requires_grad_(), labels.to(DEVICE), 5.0, -100))
+    torch.library.opcheck(
+        torch.ops.modeling_xlstm.linear_cross_entropy, (*inputs, labels.to(DEVICE), 5.0, -100, True, True)
+    )
+    torch.library.opcheck(
+        torch.ops.modeling_xlstm.cross_entropy, (x.to(DEVICE).requires_grad_(), labels.to(DEVICE), 5.0, -100)
+    )
