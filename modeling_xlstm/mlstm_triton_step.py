@@ -12,7 +12,6 @@ Dims: `B` batch `T` time `H` heads `K` query and key dim `V` value dim. Letters 
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .checks import full_precision
 from .custom_op import op
@@ -249,7 +248,6 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
 
 
-@once_differentiable
 def _backward(ctx, *grads):
     *inputs, mask = ctx.saved_tensors
     input_gate, gate_soft_cap, eps = ctx.options

@@ -1,11 +1,14 @@
 """Ops are called directly where nobody watches, and through PyTorch's dispatcher where somebody does."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import AotEagerAndRecordGraphs
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -38,7 +41,17 @@ def _backward(ctx, dy):
 
 
 scaled.register_autograd(_backward, _setup_context)
-REGISTERED = torch.ops.modeling_xlstm.scaled_for_tests.default
+OPS = torch.ops.modeling_xlstm
+
+
+@op("with_backward_for_tests")
+def with_backward(x: Tensor, factor: float) -> Tensor:
+    """`scaled`, whose backward pass is an op too."""
+    return x * factor
+
+
+with_backward.register_fake(lambda x, factor: x.new_empty(x.shape))
+with_backward.register_autograd(lambda ctx, dy: (scaled(dy, ctx.factor), None), _setup_context)
 
 
 class Watch(TorchDispatchMode):
@@ -81,25 +94,37 @@ def values_and_grads(function, inputs: tuple) -> list[Tensor]:
 def test_both_ways_have_the_same_bits(inputs, kept):
     torch.manual_seed(0)
     inputs = inputs()
-    registered = getattr(torch.ops.modeling_xlstm, kept.__name__)
+    registered = getattr(OPS, kept.__name__)
     expected, actual = values_and_grads(registered, inputs), values_and_grads(kept, inputs)
     assert len(expected) > 8
     assert all(map(torch.equal, expected, actual))
 
 
-def test_a_call_that_nobody_watches_goes_around_the_dispatcher(monkeypatch):
-    """With and without gradients, and whatever of its inputs needs them."""
+@pytest.fixture
+def asked(monkeypatch):
+    """What goes through the dispatcher: names of ops, of both passes."""
+    names: list[str] = []
 
-    def unused(*inputs):
-        raise AssertionError("The dispatcher was asked.")
+    class Namespace:
+        def __getattr__(self, name):
+            names.append(name)
+            return getattr(OPS, name)
 
-    monkeypatch.setattr(scaled, "_registered", unused)
-    for x in (torch.ones(3), torch.ones(3, requires_grad=True), torch.nn.Parameter(torch.ones(3))):
-        assert torch.equal(scaled(x, 2.0), torch.full((3,), 2.0))
-        with torch.no_grad():
-            assert not scaled(x, 2.0).requires_grad
+    monkeypatch.setattr(torch.ops, "modeling_xlstm", Namespace())
+    return names
+
+
+@pytest.mark.parametrize(
+    ("inputs", "function"), [(mlstm, mlstm_torch.mlstm_chunkwise), (slstm, slstm_torch.slstm_scan)]
+)
+def test_calls_and_their_gradients_go_around_the_dispatcher_where_nobody_watches(inputs, function, asked):
+    inputs = inputs()
+    values_and_grads(function, inputs)
+    with torch.no_grad():
+        function(*inputs)
     with torch.inference_mode():
-        scaled(x, 2.0)
+        function(*(x.clone() if isinstance(x, Tensor) else x for x in inputs))
+    assert asked == []
 
 
 def test_a_mode_sees_both_passes_of_a_model_as_ops():
@@ -108,13 +133,12 @@ def test_a_mode_sees_both_passes_of_a_model_as_ops():
     ids = torch.randint(16, (1, 8))
     with Watch() as watch:
         model(ids, labels=ids).loss.backward()
-    ops = torch.ops.modeling_xlstm
-    assert watch.ops.count(ops.mlstm_chunkwise.default) == 2
-    assert watch.ops.count(ops.mlstm_chunkwise_backward.default) == 2
+    assert watch.ops.count(OPS.mlstm_chunkwise.default) == 2
+    assert watch.ops.count(OPS.mlstm_chunkwise_backward.default) == 2
 
 
 def test_selective_checkpointing_may_keep_what_an_op_gave():
-    keep = partial(create_selective_checkpoint_contexts, [REGISTERED])
+    keep = partial(create_selective_checkpoint_contexts, [OPS.scaled_for_tests.default])
 
     def double(x):
         return scaled(x.sin(), 2.0).cos()
@@ -128,35 +152,103 @@ def test_selective_checkpointing_may_keep_what_an_op_gave():
         assert calls.count("backward") == 1
 
 
-def test_what_is_no_plain_tensor_goes_through_the_dispatcher(monkeypatch):
-    asked = []
-    monkeypatch.setattr(scaled, "_registered", lambda *inputs: asked.append(inputs) or REGISTERED(*inputs))
-    assert scaled(torch.ones(3, device="meta"), 2.0).is_meta
-    scaled(torch.ones(3).as_subclass(Marked), 2.0)
-    assert len(asked) == 2
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: scaled(x.to("meta"), 2.0),
+        lambda x: scaled(x.as_subclass(Marked), 2.0),
+        lambda x: scaled(torch._neg_view(x), 2.0),
+        lambda x: torch.func.vmap(lambda x: scaled(x, 2.0))(x),
+        lambda x: torch.jit.trace(lambda x: scaled(x, 2.0), x),
+        lambda x: make_fx(lambda x: scaled(x, 2.0), pre_dispatch=True)(x),
+    ],
+    ids=["meta", "subclass", "negated", "vmap", "trace", "make_fx"],
+)
+def test_what_the_dispatcher_has_more_to_do_with_goes_through_it(call, asked):
+    result = call(torch.ones(2, 3))
+    assert asked
+    if isinstance(result, torch.fx.GraphModule):
+        assert OPS.scaled_for_tests.default in [node.target for node in result.graph.nodes]
+    elif isinstance(result, torch.jit.ScriptFunction):
+        assert "modeling_xlstm::scaled_for_tests" in str(result.graph)
+    elif not result.is_meta:
+        assert torch.equal(result.abs(), torch.full((2, 3), 2.0))
 
 
-def test_a_compiler_sees_one_op():
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    x = torch.randn(4)
-    y = torch.compile(lambda x: scaled(x, 3.0) + 1, backend=backend, fullgraph=True)(x)
-    assert torch.equal(y, x * 3 + 1)
-    (graph,) = graphs
-    assert REGISTERED in [node.target for node in graph.graph.nodes]
+def test_a_mode_for_functions_sees_the_call(asked):
+    with torch.device("cpu"):
+        scaled(torch.ones(3), 2.0)
+    assert set(asked) == {"scaled_for_tests"}
 
 
-def test_what_has_no_formula_is_refused():
-    """Second derivatives, and tangents of forward mode: neither is left out silently."""
+def test_gradients_of_many_rows_at_once(asked):
+    """Which PyTorch computes on batched tensors."""
+    x = torch.randn(4, requires_grad=True)
+    (actual,) = torch.autograd.grad(scaled(x, 3.0), x, torch.eye(4), is_grads_batched=True)
+    assert torch.equal(actual, 3 * torch.eye(4))
+
+
+@pytest.mark.parametrize("how", [None, "mode"])
+def test_a_number_may_be_an_integer(how):
+    """As the dispatcher takes it; kernels are compiled for floats."""
+    kinds = []
+
+    def look(x: Tensor, factor: float, other: float | None, count: int) -> Tensor:
+        kinds.append((type(factor), type(other), type(count)))
+        return x * factor
+
+    name = f"look_{how}_for_tests"
+    with Watch() if how else nullcontext():
+        op(name)(look)(torch.ones(1), 2, None, 3)
+        op(name)(look)(torch.ones(1), 2, 4, 3)
+    assert kinds == [(float, type(None), int), (float, float, int)]
+
+
+def test_the_first_of_two_definitions_goes_on(asked):
+    """As where the code of a checkpoint on the Hub is loaded beside the package."""
+
+    def double(x: Tensor) -> Tensor:
+        return x * 2
+
+    first, second = (op("double_for_tests")(double) for _ in range(2))
+    for function in (first, second, first):
+        with Watch() as watch:
+            assert torch.equal(function(torch.ones(2)), torch.full((2,), 2.0))
+        assert OPS.double_for_tests.default in watch.ops
+
+
+@pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd")
+def test_a_compiler_sees_one_op_in_each_pass():
+    backend = AotEagerAndRecordGraphs()
+    x = torch.randn(4, requires_grad=True)
+    compiled = torch.compile(lambda x: with_backward(x, 3.0) + 1, backend=backend, fullgraph=True)
+    y = compiled(x)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(y, x * 3 + 1) and torch.equal(grad, torch.full((4,), 3.0))
+    passes = zip((backend.fw_graphs, backend.bw_graphs), ("with_backward_for_tests", "scaled_for_tests"), strict=True)
+    for (graph,), name in passes:
+        assert getattr(OPS, name).default in [node.target for node in graph.graph.nodes]
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_second_derivatives_are_refused(watched):
+    """Whatever the first ones depend on, and never left out silently."""
     x = torch.ones(3, requires_grad=True)
-    (grad,) = torch.autograd.grad(scaled(x, 2.0).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    for loss in (Tensor.sum, lambda y: y.square().sum()):
+        with Watch() if watched else nullcontext():
+            y = scaled(x, 2.0)
+        (grad,) = torch.autograd.grad(loss(y), x, create_graph=True)
+        with pytest.raises(NotImplementedError, match="The gradients of scaled_for_tests must be the last ones"):
+            grad.sum().backward()
+
+
+def test_other_kinds_of_derivatives_are_refused():
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
         scaled(forward_ad.make_dual(torch.ones(3), torch.ones(3)), 2.0)
     with pytest.raises(RuntimeError, match="functorch"):
         torch.func.grad(lambda x: scaled(x, 2.0).sum())(torch.ones(3))
+
+
+def test_graphs_and_errors_tell_the_name_of_an_op():
+    y = scaled(torch.ones(3, requires_grad=True), 2.0)
+    assert y.grad_fn.name() == "scaled_for_testsBackward"
