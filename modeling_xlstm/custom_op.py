@@ -49,15 +49,9 @@ class Op:
             setup_context(ctx, inputs, output)
             return output
 
-        def backward_once(ctx, *gradients):
-            if not torch.is_grad_enabled():
-                return backward(ctx, *gradients)
-            with torch.no_grad():
-                results = backward(ctx, *gradients)
-            return tuple(x if x is None else _Final.apply(x.detach().requires_grad_(), self.name) for x in results)
-
-        self._register_autograd(backward_once, setup_context=setup_context)
-        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_once)}
+        backward = differentiable_once(self.name)(backward)
+        self._register_autograd(backward, setup_context=setup_context)
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         named: Any = type(self.name, (torch.autograd.Function,), methods)  # as graphs and errors call it
         self._direct = named.apply
 
@@ -72,6 +66,26 @@ class Op:
 def op(name: str) -> Callable[[Callable[..., Any]], Op]:
     """Makes the decorated function an `Op`."""
     return functools.partial(Op, name)
+
+
+def differentiable_once(name: str) -> Callable[[Callable[..., tuple]], Callable[..., tuple]]:
+    """For `backward(ctx, *gradients)` of `name`: who differentiates what it returns is told that this is impossible.
+
+    PyTorch's `once_differentiable` leaves the second derivative out silently if the gradients given are constants.
+    """
+
+    def decorate(backward: Callable[..., tuple]) -> Callable[..., tuple]:
+        @functools.wraps(backward)
+        def once(ctx, *gradients):
+            if not torch.is_grad_enabled():
+                return backward(ctx, *gradients)
+            with torch.no_grad():
+                results = backward(ctx, *gradients)
+            return tuple(x if x is None else _Final.apply(x.detach().requires_grad_(), name) for x in results)
+
+        return once
+
+    return decorate
 
 
 class _Final(torch.autograd.Function):

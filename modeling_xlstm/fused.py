@@ -10,10 +10,10 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .backends import HAS_TRITON, resolve
 from .checks import state_dtype
+from .custom_op import differentiable_once
 
 
 if HAS_TRITON:
@@ -56,7 +56,7 @@ class _SoftCap(torch.autograd.Function):
         ctx.cap = inputs[1]
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("soft_cap")
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
         dx = dy.new_empty(dy.shape)
         y, dy_rows, dx_rows = _rows(ctx.saved_tensors[0]), _rows(dy), _rows(dx)
@@ -95,7 +95,7 @@ class _RMSNorm(torch.autograd.Function):
         ctx.save_for_backward(*inputs[:2], output[1])
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("rms_norm")
     def backward(ctx, dy: Tensor, _) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
         dx, d_weight = x.new_empty(x.shape), torch.zeros_like(weight)
@@ -141,7 +141,7 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(logits, labels, output[1])
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("causal_lm_loss")
     def backward(ctx, d_loss: Tensor, _) -> tuple[Tensor, None, None]:
         logits, labels, log_z = ctx.saved_tensors
         real = labels != ctx.ignore_index

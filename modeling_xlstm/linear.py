@@ -10,10 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
 from .backends import HAS_ONEDNN_LINEAR, HAS_TRITON, INTERPRETED, needs_triton, resolve
+from .custom_op import differentiable_once
 from .fused import soft_cap
 from .linear_packed import PACKED
 
@@ -39,7 +39,7 @@ class _OneDNNLinear(torch.autograd.Function):
         ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("linear")
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         dx = dweight = dbias = None

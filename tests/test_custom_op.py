@@ -12,10 +12,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from modeling_xlstm import XLSTMConfig, XLSTMForCausalLM, mlstm_torch, slstm_torch
+from modeling_xlstm import XLSTMConfig, XLSTMForCausalLM, fused, mlstm_torch, slstm_torch
+from modeling_xlstm.backends import HAS_ONEDNN_LINEAR
 from modeling_xlstm.custom_op import op
+from modeling_xlstm.linear import linear
 
 
+needs_onednn = pytest.mark.skipif(not HAS_ONEDNN_LINEAR, reason="needs oneDNN's linear layer")
 calls: list[str] = []
 
 
@@ -90,12 +93,17 @@ def values_and_grads(function, inputs: tuple) -> list[Tensor]:
     return [*outputs, *torch.autograd.grad(outputs, real, [torch.randn_like(y) for y in outputs])]
 
 
-@pytest.mark.parametrize(("inputs", "kept"), [(mlstm, mlstm_torch.mlstm_chunkwise), (slstm, slstm_torch.slstm_scan)])
-def test_both_ways_have_the_same_bits(inputs, kept):
+CELLS = pytest.mark.parametrize(
+    ("inputs", "function"), [(mlstm, mlstm_torch.mlstm_chunkwise), (slstm, slstm_torch.slstm_scan)]
+)
+
+
+@CELLS
+def test_both_ways_have_the_same_bits(inputs, function):
     torch.manual_seed(0)
     inputs = inputs()
-    registered = getattr(OPS, kept.__name__)
-    expected, actual = values_and_grads(registered, inputs), values_and_grads(kept, inputs)
+    registered = getattr(OPS, function.__name__)
+    expected, actual = values_and_grads(registered, inputs), values_and_grads(function, inputs)
     assert len(expected) > 8
     assert all(map(torch.equal, expected, actual))
 
@@ -114,9 +122,7 @@ def asked(monkeypatch):
     return names
 
 
-@pytest.mark.parametrize(
-    ("inputs", "function"), [(mlstm, mlstm_torch.mlstm_chunkwise), (slstm, slstm_torch.slstm_scan)]
-)
+@CELLS
 def test_calls_and_their_gradients_go_around_the_dispatcher_where_nobody_watches(inputs, function, asked):
     inputs = inputs()
     values_and_grads(function, inputs)
@@ -181,7 +187,7 @@ def test_a_mode_for_functions_sees_the_call(asked):
     assert set(asked) == {"scaled_for_tests"}
 
 
-def test_gradients_of_many_rows_at_once(asked):
+def test_gradients_of_many_rows_at_once():
     """Which PyTorch computes on batched tensors."""
     x = torch.randn(4, requires_grad=True)
     (actual,) = torch.autograd.grad(scaled(x, 3.0), x, torch.eye(4), is_grads_batched=True)
@@ -204,7 +210,7 @@ def test_a_number_may_be_an_integer(how):
     assert kinds == [(float, type(None), int), (float, float, int)]
 
 
-def test_the_first_of_two_definitions_goes_on(asked):
+def test_the_first_of_two_definitions_goes_on():
     """As where the code of a checkpoint on the Hub is loaded beside the package."""
 
     def double(x: Tensor) -> Tensor:
@@ -240,6 +246,22 @@ def test_second_derivatives_are_refused(watched):
         (grad,) = torch.autograd.grad(loss(y), x, create_graph=True)
         with pytest.raises(NotImplementedError, match="The gradients of scaled_for_tests must be the last ones"):
             grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("soft_cap", lambda x: fused.soft_cap(x, 5.0)),
+        ("rms_norm", lambda x: fused.rms_norm(x, torch.ones(8), 1e-6)),
+        pytest.param("linear", lambda x: linear(torch.nn.Linear(8, 4), x), marks=needs_onednn),
+        ("causal_lm_loss", lambda x: fused.causal_lm_loss(x[None], torch.arange(2)[None], 8)),
+    ],
+)
+def test_so_are_those_of_functions_on_a_cpu(name, function):
+    x = torch.randn(2, 8, requires_grad=True)
+    (grad,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match=f"The gradients of {name} must be the last ones"):
+        grad.square().sum().backward()
 
 
 def test_other_kinds_of_derivatives_are_refused():
