@@ -146,14 +146,14 @@ def generate(args: argparse.Namespace) -> None:
         dtype = args.dtype
         if (dtype, device.type) == ("auto", "cpu") and not is_quantized(config):
             dtype = "float32"
-        model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, trust_remote_code=False)
-        model.to(device)
+        options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "trust_remote_code": False}
+        model: Any = AutoModelForCausalLM.from_pretrained(args.model, **options)
         model.set_backend(args.backend)
         inputs = inputs.to(device)
     except (OSError, ValueError, KeyError, RuntimeError, AssertionError, SafetensorError) as error:
         raise CommandError(f"{args.model} cannot be loaded on {args.device}: {reason(error)}") from error
 
-    options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "repetition_penalty": args.repetition_penalty}
+    options = {"max_new_tokens": args.max_new_tokens, "repetition_penalty": args.repetition_penalty}
     if args.greedy:
         options.update(do_sample=False, temperature=None, top_p=None, top_k=None)
     else:

@@ -19,9 +19,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
-    """Every test starts from the same random state, whatever ran before it."""
+def same_start():
+    """Every test starts from the same random state and precision, whatever ran before: `Trainer` switches TF32 on."""
     torch.manual_seed(0)
+    precision = torch.backends.fp32_precision
+    yield
+    torch.backends.fp32_precision = precision
 
 
 @pytest.fixture
