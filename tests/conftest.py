@@ -19,12 +19,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def same_start():
+def same_start() -> None:
     """Every test starts from the same random state and precision, whatever ran before: `Trainer` switches TF32 on."""
     torch.manual_seed(0)
-    precision = torch.backends.fp32_precision
-    yield
-    torch.backends.fp32_precision = precision
+    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture

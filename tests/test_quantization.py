@@ -287,13 +287,13 @@ def test_4_bits_that_are_in_another_order_are_not_trained(as_this_cpu_does, tmp_
 
 
 def train_lora(quantized, ids, **options):
-    """Three steps of adapters without settings: gradients are finite, the loss is lower, and what is below stays."""
+    """Three steps of adapters without settings: every gradient is finite, the loss falls, and what is below stays."""
     before = {name: tensor.clone() for name, tensor in quantized.state_dict().items() if type(tensor) is torch.Tensor}
     lora = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **options)
     prepared = prepare_model_for_kbit_training(quantized, gradient_checkpointing_kwargs={"use_reentrant": False})
     model = get_peft_model(prepared, lora).train()
     trained = [p for name, p in model.named_parameters() if "lora_" in name]
-    optimizer = torch.optim.SGD(trained, lr=1e-3)
+    optimizer = torch.optim.SGD(trained, lr=1e-2)
     losses = []
     for _ in range(3):
         loss = model(ids, labels=ids).loss
@@ -303,7 +303,7 @@ def train_lora(quantized, ids, **options):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert max(losses[1:]) < losses[0]
+    assert losses[2] < losses[1] < losses[0]
     after = {name.replace(".base_layer", ""): tensor for name, tensor in model.base_model.model.state_dict().items()}
     assert all(torch.equal(after[name].to(tensor.dtype), tensor) for name, tensor in before.items())
     return model
@@ -454,4 +454,4 @@ def test_a_model_quantised_on_a_gpu_loads_as_it_was_saved(name, tmp_path):
 @deprecated
 @pytest.mark.parametrize("name", SAVED)
 def test_lora_trains_over_quantised_weights_on_a_gpu(name):
-    train_lora(load(name, DEMO, device="cuda"), random_ids(2, 20).cuda())
+    train_lora(load(name, DEMO, device="cuda", dropout=0.0), random_ids(2, 20).cuda())
