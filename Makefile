@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export PROMPT
 
-.PHONY: demo test test-torch test-triton check format clean
+.PHONY: demo test test-torch test-triton check format notebooks clean
 
 # One thread: a model this small gains nothing from more, and waits for them where other programs use the cores.
 demo: $(VENV)/installed-runtime  ## stream a continuation; make demo PROMPT="A generator is"
@@ -31,6 +31,9 @@ check: $(VENV)/installed-test  ## lint, format, types
 format: $(VENV)/installed-test  ## mend what can be mended by a tool
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+notebooks: $(VENV)/installed-test  ## run them, and keep what comes out
+	$(BIN)/python notebooks/execute.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
