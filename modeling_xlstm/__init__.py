@@ -15,7 +15,7 @@ from .cache_xlstm import LayerState, XLSTMCache
 from .checkpoint_xlstm import conversions
 from .configuration_xlstm import XLSTMConfig
 from .export_xlstm import export_decode, export_prefill, initial_states, package_decode
-from .layers_xlstm import MLSTMLayer, MLSTMPreUpLayer, SLSTMLayer
+from .layers_xlstm import GateActivations, MLSTMLayer, MLSTMPreUpLayer, SLSTMLayer
 from .mlstm import MLSTMState, mlstm_chunkwise, mlstm_step
 from .modeling_xlstm import (
     XLSTMBlock,
@@ -31,6 +31,7 @@ from .slstm import SLSTMState, slstm_scan, slstm_step
 
 __version__ = "0.1.0"
 __all__ = [
+    "GateActivations",
     "LayerState",
     "MLSTMLayer",
     "MLSTMPreUpLayer",

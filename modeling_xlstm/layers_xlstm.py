@@ -8,7 +8,7 @@ Papers: https://arxiv.org/abs/2405.04517 (xLSTM[a:b]) and https://arxiv.org/abs/
 
 import math
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -290,6 +290,13 @@ class CausalConv1d(nn.Module):
         return F.silu(F.conv1d(x.to(dtype).mT, weight[:, None], bias, groups=x.shape[-1]).mT.to(x.dtype))
 
 
+def _convolved(
+    conv: CausalConv1d | None, x: Tensor, state: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """x after a convolution, and its state; x itself where there is none."""
+    return (x, state) if conv is None else conv(x, state, mask=mask, cu_seqlens=cu_seqlens)
+
+
 def _gather(x: Tensor, index: Tensor) -> Tensor:
     """Positions `index` `[B, N]` of x `[B, T, C]`."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
@@ -307,6 +314,28 @@ class GatedFeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = linear(self.up_proj, x, activation=self.activation, backend=self.backend)
         return linear(self.down_proj, y, backend=self.backend)
+
+
+class GateActivations(NamedTuple):
+    """What the gates of a mixer let through at each token, in float32 (float64 of a model in float64), differentiable.
+
+    Of an mLSTM, `input` and `forget` are one number for each head, and `output` one for each channel of its inner size;
+    of an sLSTM all are one for each channel of its heads, the recurrent part included. Input gates are exponential, and
+    infinite where the exponent is above 88; with `mlstm_input_gate="sigmoid"` those of an mLSTM are from 0 to 1. Forget
+    gates are, and output gates, but for those of the first paper's mLSTM: the SiLU of a projection. At padding nothing
+    enters, nothing is forgotten and nothing goes out: 0, 1 and 0.
+    """
+
+    input: Tensor  # [B, T, H], of an sLSTM [B, T, H, D / H]
+    forget: Tensor  # as input
+    output: Tensor  # [B, T, H, V], of an sLSTM [B, T, H, D / H]
+
+    def at(self, mask: Tensor | None) -> "GateActivations":
+        """These where `mask` `[B, T]` is True, or everywhere without one; as at padding elsewhere."""
+        if mask is None:
+            return self
+        pairs = zip(self, (0.0, 1.0, 0.0), strict=True)
+        return GateActivations(*(x.masked_fill(~mask.view(*mask.shape, *[1] * (x.dim() - 2)), y) for x, y in pairs))
 
 
 # More steps than that are always taken in parallel.
@@ -380,6 +409,12 @@ class _MLSTMMixer(nn.Module):
             h, state = mlstm_chunkwise(q, k, v, igate, fgate, state, backend=backend, **options)
         return self._gated(h, backend, keep, *gating), state
 
+    def _activations(self, gates: Tensor, output: Tensor, mask: Tensor | None) -> GateActivations:
+        """Of gates `[B, T, 2 H]` before the soft cap, and of an output gate `[B, T, H V]` as it multiplies."""
+        igate, fgate = soft_cap(gates, self.config.gate_soft_cap).chunk(2, -1)
+        igate = torch.sigmoid(igate) if self.config.mlstm_input_gate == "sigmoid" else torch.exp(igate)
+        return GateActivations(igate, torch.sigmoid(fgate), output.unflatten(-1, (-1, self.head_sizes[1]))).at(mask)
+
     def _gated(
         self,
         h: Tensor,
@@ -439,6 +474,19 @@ class MLSTMLayer(_MLSTMMixer):
         y, cell = self.heads(qkvo, self.gate_proj(x), cell, in_place, mask, cu_seqlens, keep)
         return linear(self.out_proj, y, backend=self.backend), LayerState(cell)
 
+    def gate_activations(
+        self,
+        x: Tensor,
+        state: LayerState | None = None,
+        *,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> GateActivations:
+        """The gates of a call with these arguments."""
+        check_layer_input(x, self.config.hidden_size, mask, cu_seqlens, None)
+        o = linear(self.qkvo_proj, x, backend=self.backend).split(self.splits, -1)[3]
+        return self._activations(self.gate_proj(x), torch.sigmoid(o.to(state_dtype(o.dtype))), mask)
+
     def heads(
         self,
         qkvo: Tensor,
@@ -491,12 +539,26 @@ class MLSTMPreUpLayer(_MLSTMMixer):
         check_layer_input(x, self.config.hidden_size, mask, cu_seqlens, keep)
         cell, conv, in_place = unpack_state(state, self.conv)
         x, z = linear(self.up_proj, x, backend=self.backend).chunk(2, -1)
-        c = x
-        if self.conv is not None:
-            c, conv = self.conv(x, conv, mask=mask, cu_seqlens=cu_seqlens)
+        c, conv = _convolved(self.conv, x, conv, mask, cu_seqlens)
         q, k, v, gates = self._qkv_and_gates(c, x)
         y, cell = self._cell(q, k, v, gates, cell, in_place, mask, cu_seqlens, keep, z, c, self.skip)
         return linear(self.down_proj, y, backend=self.backend), LayerState(cell, conv)
+
+    def gate_activations(
+        self,
+        x: Tensor,
+        state: LayerState | None = None,
+        *,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> GateActivations:
+        """The gates of a call with these arguments."""
+        check_layer_input(x, self.config.hidden_size, mask, cu_seqlens, None)
+        _, conv, _ = unpack_state(state, self.conv)
+        x, z = linear(self.up_proj, x, backend=self.backend).chunk(2, -1)
+        c, _ = _convolved(self.conv, x, conv, mask, cu_seqlens)
+        *_, gates = self._qkv_and_gates(c, x)
+        return self._activations(gates, F.silu(z.to(state_dtype(z.dtype))), mask)
 
     def _qkv_and_gates(self, c: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         maps, gate = (self.q_proj, self.k_proj, self.v_proj), self.gate_proj
@@ -569,9 +631,7 @@ class SLSTMLayer(nn.Module):
     ) -> tuple[Tensor, LayerState]:
         check_layer_input(x, self.config.hidden_size, mask, cu_seqlens, keep)
         cell, conv, _ = unpack_state(state, self.conv)
-        c = x
-        if self.conv is not None:
-            c, conv = self.conv(x, conv, mask=mask, cu_seqlens=cu_seqlens)
+        c, conv = _convolved(self.conv, x, conv, mask, cu_seqlens)
         gates = self._gates(c, x)
         if x.shape[1] == 1 and cu_seqlens is None:
             mask = None if mask is None else mask[:, 0]
@@ -581,6 +641,35 @@ class SLSTMLayer(nn.Module):
             options: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "backend": self.backend}
             h, cell = slstm_scan(gates, self.recurrent_weight, cell, **options)
         return self.head_norm(last(h, keep).to(x.dtype)), LayerState(cell, conv)
+
+    def gate_activations(
+        self,
+        x: Tensor,
+        state: LayerState | None = None,
+        *,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> GateActivations:
+        """The gates of a call with these arguments. They depend on what the cell gives out, so it reads x as well."""
+        check_layer_input(x, self.config.hidden_size, mask, cu_seqlens, None)
+        cell, conv, _ = unpack_state(state, self.conv)
+        c, _ = _convolved(self.conv, x, conv, mask, cu_seqlens)
+        dtype = state_dtype(x.dtype)
+        gates = self._gates(c, x).to(dtype)
+        options: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "backend": self.backend}
+        h, _ = slstm_scan(gates, self.recurrent_weight, cell, **options)
+        first = h.new_zeros(1, *h.shape[2:]) if cell is None else cell.h
+        if cu_seqlens is None:
+            before = torch.cat((first.expand(len(h), -1, -1)[:, None], h[:, :-1]), 1)
+        else:
+            token, bounds = torch.arange(x.shape[1], device=x.device), cu_seqlens.long()
+            row = torch.searchsorted(bounds[1:], token, right=True)
+            starts = (token == bounds[row])[:, None, None]
+            before = torch.where(starts, first.expand(len(bounds) - 1, -1, -1)[row], h.roll(1, 1))
+        with full_precision(x.device):
+            gates = gates + torch.einsum("bthd,hgod->bthgo", before, self.recurrent_weight.to(dtype))
+        i, f, _, o = gates.unbind(-2)
+        return GateActivations(torch.exp(i), torch.sigmoid(f), torch.sigmoid(o)).at(mask)
 
     def _gates(self, c: Tensor, x: Tensor) -> Tensor:
         """Pre-activations without their recurrent part, of i and f from c, of z and o from x: `[B, T, H, 4, D / H]`."""

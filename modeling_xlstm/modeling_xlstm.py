@@ -8,6 +8,7 @@ Papers: https://arxiv.org/abs/2405.04517 (xLSTM[a:b]) and https://arxiv.org/abs/
 
 import json
 import os
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -49,6 +50,7 @@ from .inputs_xlstm import (
 from .layers_xlstm import (
     BlockDiagonalLinear,
     CausalConv1d,
+    GateActivations,
     GatedFeedForward,
     GateLinear,
     HeadNorm,
@@ -118,6 +120,20 @@ class XLSTMBlock(GradientCheckpointingLayer):
 INITIALISE_THEMSELVES = (
     XLSTMNorm, HeadNorm, GateLinear, BlockDiagonalLinear, CausalConv1d, MLSTMPreUpLayer, SLSTMLayer,
 )  # fmt: skip
+
+
+@dataclass
+class XLSTMModelOutput(BaseModelOutputWithPast):
+    """What [`XLSTMModel`] returns."""
+
+    gates: tuple[GateActivations, ...] | None = None  # of each block, with output_gates=True
+
+
+@dataclass
+class XLSTMCausalLMOutput(CausalLMOutputWithPast):
+    """What [`XLSTMForCausalLM`] returns."""
+
+    gates: tuple[GateActivations, ...] | None = None  # of each block, with output_gates=True
 
 
 class XLSTMPreTrainedModel(PreTrainedModel):
@@ -258,8 +274,9 @@ class XLSTMModel(XLSTMPreTrainedModel):
         use_cache: bool | None = None,
         cache_params: XLSTMCache | None = None,
         logits_to_keep: int = 0,
+        output_gates: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPast:
+    ) -> XLSTMModelOutput:
         r"""
         Args:
             input_ids: Token ids `[B, T]`; or `inputs_embeds` `[B, T, D]`.
@@ -273,10 +290,12 @@ class XLSTMModel(XLSTMPreTrainedModel):
                 starts anew there.
             logits_to_keep: Positions at the end that the last block has to give an output for, 0 for all. If only some
                 are kept, a long text is read in pieces, so that memory does not grow with it (not under autograd).
+            output_gates: Whether to return `gates`, which takes the time of the mixers once more.
 
         Returns:
             `last_hidden_state` `[B, T or logits_to_keep, D]`, `past_key_values`, and on request `hidden_states`: the
-            embedding and the output of every block, the last of them normalised.
+            embedding and the output of every block, the last of them normalised; and `gates`: of every block the
+            [`GateActivations`] of all T tokens.
 
         Raises:
             TypeError, ValueError, IndexError: An input does not fit; the message says what, got and expected.
@@ -314,7 +333,8 @@ class XLSTMModel(XLSTMPreTrainedModel):
             cache = None
 
         collecting = kwargs.get("output_hidden_states", self.config.output_hidden_states)
-        whole = cache is None or not logits_to_keep or collecting or torch.is_grad_enabled()
+        gates: list[GateActivations] | None = [] if output_gates else None
+        whole = cache is None or not logits_to_keep or collecting or output_gates or torch.is_grad_enabled()
         whole = whole or torch.compiler.is_compiling()
         for start, end in [(0, T)] if whole else _pieces(B, T, logits_to_keep):
             piece = given[:, start:end]
@@ -324,11 +344,13 @@ class XLSTMModel(XLSTMPreTrainedModel):
             else:  # which may hold anything where there is padding, even NaN
                 x = piece if part is None else piece.masked_fill(~part[..., None], 0.0)
             keep = (logits_to_keep or None) if end == T else 1
-            x = self.read(x, cache, part, cu_seqlens, keep)
+            x = self.read(x, cache, part, cu_seqlens, keep, gates=gates)
             if end < T:
                 cache.is_broken = True  # until all is read
                 cache.records = []  # what it takes to undo it would grow with the text
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=cache)
+        return XLSTMModelOutput(
+            last_hidden_state=self.norm(x), past_key_values=cache, gates=None if gates is None else tuple(gates)
+        )
 
     def read(
         self,
@@ -338,18 +360,21 @@ class XLSTMModel(XLSTMPreTrainedModel):
         cu_seqlens: Tensor | None = None,
         keep: int | None = None,
         inputs: list[Tensor] | None = None,
+        gates: list[GateActivations] | None = None,
     ) -> Tensor:
         """x `[B, T, D]` through all blocks, y of the last `keep` positions; the cache reads on.
 
         Args:
             x, mask, cu_seqlens, keep: As in [`XLSTMBlock`].
             inputs: A list for what is given to each block.
+            gates: A list for the gates of each.
         """
         B, T, _ = x.shape
         if cache is not None:
             cache.is_broken = True  # until all layers have read, whatever stops them
         recording = cache is not None and cache.is_recording
         passes: list[tuple] = []  # of each layer what it takes to redo it
+        block: Any
         for i, block in enumerate(self.layers):
             state = None if cache is None else cache.get_state(i, B)
             if recording:
@@ -357,6 +382,9 @@ class XLSTMModel(XLSTMPreTrainedModel):
                 passes.append((block, x, before))
             if inputs is not None:
                 inputs.append(x)
+            if gates is not None:  # before the state is overwritten
+                options = {"mask": mask, "cu_seqlens": cu_seqlens}
+                gates.append(block.mixer.gate_activations(block.mixer_norm(x), state, **options))
             kept = keep if i + 1 == len(self.layers) else None
             x, state = block(x, state, mask=mask, cu_seqlens=cu_seqlens, keep=kept)
             if cache is not None:
@@ -446,8 +474,9 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, XLSTMGenerationMixin):
         logits_to_keep: int | Tensor = 0,
         cache_params: XLSTMCache | None = None,
         skip_logits: bool = False,
+        output_gates: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> CausalLMOutputWithPast:
+    ) -> XLSTMCausalLMOutput:
         r"""
         Args:
             labels: Token ids `[B, T]` to predict, shifted inside; -100 is ignored. Of the kept positions only.
@@ -457,7 +486,8 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, XLSTMGenerationMixin):
             Others: As in [`XLSTMModel`].
 
         Returns:
-            `loss`, `logits` `[B, T, vocab_size]` in the dtype of the model, `past_key_values`, `hidden_states`.
+            `loss`, `logits` `[B, T, vocab_size]` in the dtype of the model, `past_key_values`, `hidden_states` and
+            `gates`.
 
         Raises:
             As [`XLSTMModel`]; and FloatingPointError if logits outside training are not finite (on a CPU).
@@ -466,12 +496,12 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, XLSTMGenerationMixin):
         if graphs is not None and graphs.model() is self:
             cache = past_key_values if cache_params is None else cache_params
             others = (labels, inputs_embeds, *(kwargs.get(name) for name in BOUNDARIES))
-            wanted = all(x is None for x in others) and not kwargs.get("output_hidden_states")
+            wanted = all(x is None for x in others) and not (kwargs.get("output_hidden_states") or output_gates)
             if wanted and graphs.fits(input_ids, cache, logits_to_keep):
                 check_ids(input_ids, self.config.vocab_size)
                 mask = padding_mask(attention_mask, len(input_ids), input_ids.shape[1], cache)
                 logits = graphs(input_ids, mask, cache)[:, -logits_to_keep:]
-                return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+                return XLSTMCausalLMOutput(logits=logits, past_key_values=cache)
             graphs.vacate()
         # what is kept of the logits is all that the last block needs to give, unless its output is wanted as well
         cut = isinstance(logits_to_keep, int) and logits_to_keep > 0
@@ -484,6 +514,7 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, XLSTMGenerationMixin):
             use_cache=use_cache,
             cache_params=cache_params,
             logits_to_keep=logits_to_keep if cut and not whole else 0,
+            output_gates=output_gates,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -498,11 +529,12 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, XLSTMGenerationMixin):
             _check_finite(logits)
         if skip_logits and labels is not None:
             logits = None
-        return CausalLMOutputWithPast(
+        return XLSTMCausalLMOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            gates=outputs.gates,
         )
 
     def logits(self, x: Tensor) -> Tensor:
