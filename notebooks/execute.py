@@ -53,6 +53,7 @@ def execute(path: Path) -> nbformat.NotebookNode:
             timeout=SECONDS,
             startup_timeout=SECONDS,
             record_timing=False,
+            coalesce_streams=True,
             kernel_manager_class=ThisInterpreter,
             resources={"metadata": {"path": str(FOLDER)}},
         ).execute()
