@@ -62,8 +62,9 @@ class XLSTMConfig(PreTrainedConfig):
             and v, learnable skip, SiLU gate, no feed-forward (first paper).
         mlstm_input_gate (`str`, *optional*, defaults to `"exp"`):
             `"exp"` or `"sigmoid"` (mLSTMsig, https://arxiv.org/abs/2503.14376).
-        qk_dim_factor, v_dim_factor (`float`, *optional*, defaults to 0.5 and 1.0):
-            Width of all queries (keys) and of all values relative to `hidden_size`; `"post_up"` only.
+        qk_dim_factor (`float`, *optional*, defaults to 0.5):
+            Width of all queries, and of all keys, over `hidden_size`; `"post_up"` only.
+        v_dim_factor (`float`, *optional*, defaults to 1.0): Width of all values over `hidden_size`; `"post_up"` only.
         mlstm_proj_factor (`float`, *optional*, defaults to 2.0): Inner width over `hidden_size`; `"pre_up"` only.
         mlstm_qkv_block_size (`int`, *optional*, defaults to 4): Block of the block-diagonal q, k, v; `"pre_up"` only.
         conv_kernel_size (`int`, *optional*, defaults to 4): Causal convolution of `"pre_up"` blocks, 0 for none.

@@ -1,0 +1,291 @@
+"""README, pages and CONTRIBUTING: their code runs, their commands exist, their links lead somewhere, and their claims
+name tests that there are.
+
+A page is run as one script in a process of its own, in a folder where only the checkpoints are. A block of text that
+follows a block of code is the error which that code raises, or the sentence with which that command ends.
+"""
+
+import ast
+import dataclasses
+import importlib
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from transformers import xLSTMConfig
+
+from convert.__main__ import build_parser as build_convert_parser
+from convert.__main__ import main as convert_main
+from modeling_xlstm import XLSTMConfig, count_parameters
+from modeling_xlstm.__main__ import build_parser
+from modeling_xlstm.__main__ import main as xlstm_main
+from notebooks.reference import PAGE, page
+
+
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "notebooks").glob("*.md")))
+}
+CARD = "checkpoints/xlstm-demo/README.md"
+README, TROUBLES = PAGES["README.md"], PAGES["notebooks/troubleshooting.md"]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$(?:\n\n```text\n(.*?)\n```$)?", re.MULTILINE | re.DOTALL)
+HAS_PEERS = all(importlib.util.find_spec(name) for name in ("xlstm", "mlstm_kernels"))
+OF_PEERS = re.compile(r"\btheirs\b|\bmlstm_kernels\b")
+REFUSED = """
+class refused:
+    def __init__(self, sentence):
+        self.sentence = sentence
+    def __enter__(self):
+        pass
+    def __exit__(self, kind, error, traceback):
+        got = "nothing" if kind is None else f"{kind.__name__}: {error}"
+        assert got.endswith(self.sentence), f"got {got}, expected {self.sentence}"
+        return True
+"""
+
+
+def blocks(text: str, language: str) -> list[tuple[str, str]]:
+    """Each block of a language on a page, and the text of the error that it ends with, if any."""
+    return [(code, error) for found, code, error in BLOCK.findall(text) if found == language]
+
+
+def rows(text: str, heading: str) -> list[list[str]]:
+    """The cells of all tables below a heading, without their first rows."""
+    section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    tables = re.findall(r"^\|.*\n\|[-|]+\|\n((?:\|.*(?:\n|\Z))*)", section, re.MULTILINE)
+    lines = "".join(tables).splitlines()
+    return [[cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
+def names_of_tests() -> set[str]:
+    """Of all tests that there are."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "tests").glob("*.py")]
+    return {node.name for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def script(text: str) -> str:
+    """The code of a page, without that of packages which are not installed."""
+    parts = [REFUSED]
+    for code, error in blocks(text, "python"):
+        if HAS_PEERS or not OF_PEERS.search(code):
+            parts.append(f"with refused({error!r}):\n{textwrap.indent(code, '    ')}" if error else code)
+    return "\n".join(parts)
+
+
+WITH_CODE = [name for name, text in PAGES.items() if blocks(text, "python")]
+
+
+def run(name: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The code of a page, as a reader would run it."""
+    (folder / "checkpoints").symlink_to(ROOT / "checkpoints")
+    (folder / "page.py").write_text(script(PAGES[name]), encoding="utf-8")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([sys.executable, "page.py"], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Of all pages, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        yield {name: pool.submit(run, name, tmp_path_factory.mktemp("page")) for name in WITH_CODE}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("name", WITH_CODE)
+def test_the_python_blocks_of_a_page_run(name, runs):
+    result = runs[name].result()
+    assert result.returncode == 0, result.stderr
+    if name == "README.md":
+        assert result.stdout.startswith("My lord,")
+
+
+def test_the_readme_is_short_and_begins_with_the_two_commands():
+    assert len(README.splitlines()) <= 150
+    assert blocks(README, "bash")[0] == ("make demo\nmake test\n", "")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_commands_of_a_page_exist(name):
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    commands = [code for code, error in blocks(PAGES[name], "bash") if not error]
+    for line in "".join(commands).splitlines():
+        program, *argv = shlex.split(line)
+        if program == "curl":
+            assert isinstance(json.loads(argv[-1]), dict), line  # sent in test_serve.py
+        elif program == "make":
+            assert set(argv) <= set(targets), line
+        elif argv[:2] == ["-m", "modeling_xlstm"]:
+            build_parser().parse_args(argv[2:])
+        elif argv[:2] == ["-m", "convert"]:
+            build_convert_parser().parse_args(argv[2:])
+        else:
+            pytest.fail(f"no parser for {line}")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_modules_that_a_page_runs_exist(name):
+    for module in re.findall(r"python\s+-m\s+(?!pytest)([\w.]+)", PAGES[name]):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_options_of_commands_in_a_sentence_exist(name):
+    for module, options in re.findall(r"`python\s+-m\s+(?!pytest)([\w.]+)\s+([^`]+)`", PAGES[name]):
+        found = importlib.import_module(module if "." in module else f"{module}.__main__")
+        found.build_parser().parse_args(shlex.split(options))
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [(code, error) for code, error in blocks(TROUBLES, "bash") if error],
+)
+def test_a_command_ends_with_the_sentence_that_is_quoted(command, sentence, tmp_path, monkeypatch, capsys):
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
+    monkeypatch.chdir(tmp_path)
+    _, _, module, *argv = shlex.split(command)
+    try:
+        code = {"modeling_xlstm": xlstm_main, "convert": convert_main}[module](argv)
+    except SystemExit as end:  # of the parser
+        code = end.code
+    assert code in (1, 2)
+    assert capsys.readouterr().err.strip() == sentence
+
+
+def sentences() -> list[str]:
+    """All texts in the code of the package and of the converter, with … where values are put in."""
+    found = []
+    for path in (*(ROOT / "modeling_xlstm").glob("*.py"), *(ROOT / "convert").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(str(x.value) if isinstance(x, ast.Constant) else "…" for x in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_a_message_in_a_table_is_one_of_the_package():
+    tables = re.findall(r"^\| ((?:message|reason).*) \|\n\|[-|]+\|\n((?:\|.*\n)*)", TROUBLES, re.MULTILINE)
+    quoted = [row.split("`")[1] for _, body in tables for row in body.splitlines()]
+    assert len(quoted) > 20
+    known = sentences()
+    assert [message for message in quoted if not any(message in sentence for sentence in known)] == []
+
+
+def links() -> list[tuple[str, str]]:
+    texts = {**PAGES, CARD: (ROOT / CARD).read_text(encoding="utf-8")}
+    without_code = {
+        name: re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL) for name, text in texts.items()
+    }
+    return sorted(
+        {(name, target) for name, text in without_code.items() for target in re.findall(r"\]\(([^)]+)\)", text)}
+    )
+
+
+def anchors(path: Path) -> set[str]:
+    """Of the headings of a page, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(("name", "target"), links())
+def test_a_link_leads_somewhere(name, target):
+    if target.startswith("https://"):
+        assert target.startswith(("https://arxiv.org/abs/", "https://keepachangelog.com/", "https://semver.org/"))
+        return
+    path, _, anchor = target.partition("#")
+    file = (ROOT / name).parent / path if path else ROOT / name
+    assert file.exists()
+    assert not anchor or anchor in anchors(file)
+
+
+def test_every_page_is_linked_from_the_readme():
+    linked = {target.partition("#")[0] for name, target in links() if name == "README.md"}
+    notebooks = {f"notebooks/{path.name}" for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert (PAGES.keys() - {"README.md"}) | notebooks <= linked
+
+
+def test_every_claim_names_a_test():
+    covered = rows("\n## Table\n" + PAGES["notebooks/coverage.md"], "Table")
+    known = names_of_tests()
+    assert len(covered) > 50
+    for what, shown_by in covered:
+        names = re.findall(r"`(test_\w+)`", shown_by)
+        assert names, what
+        assert set(names) <= known, what
+
+
+def test_every_row_of_the_comparison_names_a_test_or_a_page():
+    known = names_of_tests()
+    for what, *_, shown_by in rows(README, "What works"):
+        names, pages = re.findall(r"`(test_\w+)`", shown_by), re.findall(r"\]\(([^)]+)\)", shown_by)
+        assert names or pages, what
+        assert set(names) <= known, what
+
+
+def test_every_number_of_the_readme_is_in_a_table_of_measurements():
+    """What the README selects is what the page of all measurements has."""
+    measured = {cell for line in PAGES["notebooks/benchmarks.md"].splitlines() if line[:1] == "|" for cell in
+                re.findall(r"\d[\d,.]*\d", line)}  # fmt: skip
+    for heading in ("Speed", "Accuracy"):
+        for _, *cells in rows(README, heading):
+            assert set(re.findall(r"\d[\d,.]*\d", " ".join(cells))) <= measured, cells
+
+
+def test_the_page_of_the_configuration_is_what_is_generated():
+    assert PAGE.read_text(encoding="utf-8") == page(), "run `python -m notebooks.reference`"
+
+
+@pytest.mark.parametrize("row", rows(PAGES["notebooks/configuration.md"], "Presets"), ids=lambda row: row[0])
+def test_a_preset_is_as_described(row):
+    name, *numbers = row
+    config = XLSTMConfig.preset(name.strip("`"))
+    slstm = (config.block_types or []).count("slstm")
+    described = [config.hidden_size, config.num_hidden_layers, slstm, count_parameters(config)]
+    assert [int(number.replace(",", "")) for number in numbers] == described
+
+
+def test_every_preset_is_listed():
+    with pytest.raises(ValueError, match="preset must be one of") as refusal:
+        XLSTMConfig.preset("nonsense")
+    legal = str(refusal.value).removeprefix("preset must be one of ").partition(", got ")[0]
+    listed = [row[0].strip("`") for row in rows(PAGES["notebooks/configuration.md"], "Presets")]
+    assert listed == legal.split(", ")
+
+
+def test_every_field_of_the_configuration_is_listed_with_its_default():
+    listed = {row[0].strip("`"): row[2].strip("`") for row in rows(PAGES["notebooks/configuration.md"], "Fields")}
+    config = XLSTMConfig()
+    own = {field.name for field in dataclasses.fields(XLSTMConfig)} & {*XLSTMConfig.__annotations__} - {"model_type"}
+    assert listed.keys() == own
+    filled = {"block_types", "slstm_num_heads"}  # from other fields where they are None
+    for name, default in listed.items():
+        assert ast.literal_eval(default) == (None if name in filled else getattr(config, name)), name
+
+
+def renamed(heading: str) -> set[str]:
+    """The old names in the tables of a section of the page on migration."""
+    return {name for old, *_ in rows(PAGES["notebooks/migration.md"], heading) for name in re.findall(r"`(\w+)`", old)}
+
+
+def test_every_field_of_transformers_is_here_or_in_the_table_of_migration():
+    theirs, ours = (set(config.__dataclass_fields__) for config in (xLSTMConfig, XLSTMConfig))
+    assert theirs - ours <= renamed("From Transformers' own xLSTM")
+
+
+@pytest.mark.skipif(not HAS_PEERS, reason="needs xlstm and mlstm_kernels")
+def test_every_field_of_xlstm_large_is_here_or_in_the_table_of_migration():
+    from xlstm.xlstm_large.model import xLSTMLargeConfig
+
+    theirs, ours = (set(config.__dataclass_fields__) for config in (xLSTMLargeConfig, XLSTMConfig))
+    assert theirs - ours <= renamed("From `xLSTMLarge` of `xlstm`")
