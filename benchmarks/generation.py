@@ -39,14 +39,23 @@ from unittest import mock
 import torch
 import transformers
 from torch import Tensor
+from tqdm import tqdm
 
 import modeling_xlstm
+from benchmarks.command import command_line, run, show
 from benchmarks.ops import OURS, ROOT, Worker, obstacle, version
 from modeling_xlstm.graphs_xlstm import graphs_of
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TESTS = ("tests/test_graphs.py",)
+EXAMPLES = """examples:
+  python -m benchmarks generation position --tiny
+
+on a GPU:
+  python -m benchmarks generation
+  python -m benchmarks generation generate prefill
+"""
 PIECE = 16384
 DEMO = ROOT / "checkpoints" / "xlstm-demo"
 LINES = "KING.\nMy lord, what say you to the news from France?\n\nQUEEN.\nI say, France is not our friend.\n\n"
@@ -358,7 +367,7 @@ def table(name: str, section: Section, sizes: Sizes) -> list[str]:
     formats = section.columns | ({"of ours": ".2f"} if section.rate else {})
     print(f"\n{name}\n\n| model | {' | '.join(formats)} |\n|{'---|' * (len(formats) + 1)}", flush=True)
     wrong, unmeasured, rates = list[str](), list[str](), dict[Any, float]()
-    for peer in section.peers:
+    for peer in tqdm(section.peers, name, disable=None, leave=False):
         rows, error = list[Row](), missing(PEERS[peer])
         if not error:
             with closing(Worker()) as worker:
@@ -372,19 +381,25 @@ def table(name: str, section: Section, sizes: Sizes) -> list[str]:
                 rates |= {key: rate} if peer == OURS else {}
                 row["of ours"] = rate / rates[key] if key in rates else None
             cells = ["" if row[column] is None else format(row[column], kind) for column, kind in formats.items()]
-            print(f"| {' | '.join((peer, *cells))} |", flush=True)
+            show(f"| {' | '.join((peer, *cells))} |")
     if unmeasured:
         print("", *unmeasured, sep="\n", flush=True)
     return [f"{name}: {sentence}" for sentence in wrong]
 
 
-def asked(
-    arguments: list[str] | None, doc: str | None, sections: Collection[str], tests: tuple[str, ...], device: str
-) -> argparse.Namespace:  # fmt: skip
-    """Sections to measure, and whether with tiny models. Ends the process where models cannot be measured."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+def section_parser(name: str, doc: str | None, examples: str, sections: Collection[str]) -> argparse.ArgumentParser:
+    """A parser for sections to measure, and whether with tiny models."""
+    parser = command_line(name, doc, examples)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(sections)} (default: all)")
     parser.add_argument("--tiny", action="store_true", help="small models and short texts, to try it")
+    return parser
+
+
+def asked(
+    parser: argparse.ArgumentParser, arguments: list[str] | None, sections: Collection[str], tests: tuple[str, ...],
+    device: str,
+) -> argparse.Namespace:  # fmt: skip
+    """What is asked for. Ends the process where models cannot be measured."""
     args = parser.parse_args(arguments)
     if unknown := set(args.sections) - set(sections):
         parser.error(f"Sections are {', '.join(sections)}, got {', '.join(sorted(unknown))}.")
@@ -395,8 +410,12 @@ def asked(
     return args
 
 
+def build_parser() -> argparse.ArgumentParser:
+    return section_parser("generation", __doc__, EXAMPLES, SECTIONS)
+
+
 def main(arguments: list[str] | None = None) -> None:
-    args = asked(arguments, __doc__, SECTIONS, TESTS, DEVICE)
+    args = asked(build_parser(), arguments, SECTIONS, TESTS, DEVICE)
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.machine()
     packages = [p for p in ("torch", "triton", "transformers", *KERNELS) if find_spec(p) is not None]
     print(device, "bfloat16", *(f"{name} {version(name)}" for name in packages), sep=", ", flush=True)
@@ -406,4 +425,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -19,8 +19,10 @@ that is recomputed counts. A peer that computes something else, as its remark sa
 
 import argparse
 import csv
+import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
@@ -37,6 +39,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
+from benchmarks.command import command_line, die_of_interrupts, new_file, run, show
+
 
 OURS = "modeling_xlstm"
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,6 +49,14 @@ CHUNK, GRAPHED, EPS, CAP = 256, 32, 1e-6, 30.0
 TEXTS = ("op", "shape", "implementation", "remark", "version", "gpu", "torch", "triton")  # columns without numbers
 SHOWN = {"ms": "{:.4f}", "of ours": "{:.2f}", "extra GiB": "{:.2f}", "of copy": "{:.0%}", "of matmul": "{:.0%}"}
 LONGEST_BAR = 6
+EXAMPLES = """on a GPU:
+  python -m benchmarks ops
+  python -m benchmarks ops --op "mlstm forward" --shape 7B --peers mlstm_kernels
+  python -m benchmarks ops --csv ops.csv --plot ops.svg
+
+with the table that the last has written, on any machine:
+  python -m benchmarks ops --from-csv ops.csv --plot ops.png
+"""
 
 Inputs = dict[str, Any]  # tensors by name; of an LSTM the module too
 
@@ -354,10 +366,19 @@ OPS = (
 @cache
 def obstacle(tests: tuple[str, ...]) -> str:
     """Why the tests do not show that results are right; empty where they do."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", *tests]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    last = (run.stdout.strip() or run.stderr.strip() or "nothing").splitlines()[-1]
-    green = run.returncode == 0 and " passed" in last  # tests that are skipped show nothing
+    command, said = [sys.executable, "-m", "pytest", "-q", "-x", *tests], []
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        tqdm(desc="tests", total=100, unit="%", disable=None, leave=False) as bar,
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True) as pytest,
+    ):
+        for line in pytest.stdout or ():
+            said.append(line)
+            if passed := re.search(r"\[ *(\d+)%\]$", line):
+                bar.update(int(passed[1]) - bar.n)
+        errors.seek(0)
+        last = ("".join(said).strip() or errors.read().strip() or "nothing").splitlines()[-1]
+    green = pytest.returncode == 0 and " passed" in last  # tests that are skipped show nothing
     return "" if green else f"`pytest -q -x {' '.join(tests)}` says: {last}"
 
 
@@ -368,7 +389,7 @@ class Worker:
 
     def attempt(self, function: Callable, *args: Any) -> tuple[Any, str]:
         """What the function returns, or none and what went wrong."""
-        self.pool = self.pool or ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        self.pool = self.pool or ProcessPoolExecutor(1, get_context("spawn"), die_of_interrupts)
         future = self.pool.submit(function, *args)
         error = future.exception()
         if error is None:
@@ -463,16 +484,22 @@ def row_of(op: Op, shape: Shape, peer: Implementation, result: Any, error: str, 
 
 
 def write(rows: list[dict], path: Path) -> None:
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
 
 
 def read(path: Path) -> list[dict]:
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [{name: x if name in TEXTS else float(x) if x else None for name, x in row.items()} for row in rows]
+    """Rows as `write` wrote them. Ends the process where they are others."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        if not rows or not rows[0].keys() >= {*TEXTS, *SHOWN}:
+            raise ValueError("it lacks rows or columns")
+        return [{name: x if name in TEXTS else float(x) if x else None for name, x in row.items()} for row in rows]
+    except (OSError, ValueError) as error:
+        sys.exit(f"--from-csv must be a table of --csv, got {path}: {getattr(error, 'strerror', '') or error}.")
 
 
 def draw(rows: list[dict], path: Path) -> None:
@@ -508,16 +535,21 @@ def draw(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=200)
 
 
-def parsed(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> argparse.ArgumentParser:
+    parser = command_line("ops", __doc__, EXAMPLES)
     peers = {name for op in OPS for i in op.implementations if i.package != OURS for name in (i.name, i.package)}
     shapes = dict.fromkeys(shape.name for op in OPS for shape in op.shapes)
     parser.add_argument("--op", nargs="+", choices=[op.name for op in OPS], help="default: all")
     parser.add_argument("--shape", nargs="+", choices=list(shapes), help="default: all but 1M")
     parser.add_argument("--peers", nargs="*", choices=sorted(peers), help="names or packages (default: all)")
-    parser.add_argument("--csv", type=Path, help="also write the table to this file")
-    parser.add_argument("--plot", type=Path, help="draw the table into this file, .svg or .png")
+    parser.add_argument("--csv", type=new_file, help="also write the table to this file")
+    parser.add_argument("--plot", type=new_file, help="draw the table into this file, .svg or .png")
     parser.add_argument("--from-csv", type=Path, help="with --plot: draw the table in this file, and measure nothing")
+    return parser
+
+
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    parser = build_parser()
     args = parser.parse_args(arguments)
     drawable = args.plot and args.plot.suffix in (".svg", ".png") and find_spec("matplotlib")
     if not drawable and (args.plot or args.from_csv):
@@ -537,19 +569,19 @@ def table(op: Op, args: argparse.Namespace, worker: Worker, machine: dict) -> It
         print(f"Not measured: {package}, which is not installed.")
     print(f"\n| shape | implementation | {' | '.join(SHOWN)} | remark |\n|{'---|' * (len(SHOWN) + 3)}")
     shapes = [s for s in op.shapes if (s.name in args.shape if args.shape else not s.optional)]
-    ours = None
-    for shape, peer in tqdm([(s, i) for s in shapes for i in chosen if i.package not in missing], op.name):
+    runs, ours = [(s, i) for s in shapes for i in chosen if i.package not in missing], None
+    for shape, peer in tqdm(runs, op.name, disable=None):
         result, error = worker.attempt(measure, op.name, shape, peer.name)
         ours = result if peer.name == OURS else ours
         row = row_of(op, shape, peer, result, error, ours, machine)
         cells = ["" if row[name] is None else text.format(row[name]) for name, text in SHOWN.items()]
-        tqdm.write("| " + " | ".join((shape.name, peer.name, *cells, row["remark"])) + " |")
+        show("| " + " | ".join((shape.name, peer.name, *cells, row["remark"])) + " |")
         yield row
 
 
 def measured(args: argparse.Namespace) -> list[dict]:
     ops, rows = [op for op in OPS if args.op is None or op.name in args.op], []
-    for op in tqdm(ops, "tests"):
+    for op in tqdm(ops, "tests of ops", disable=None):
         obstacle(op.tests)
     with closing(Worker()) as worker:
         roof, error = worker.attempt(ceilings)
@@ -580,4 +612,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -37,10 +37,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
+from tqdm import tqdm
 
+from benchmarks.command import check_data, command_line, die_of_interrupts, integer, run
 from benchmarks.generation import synchronize
 from benchmarks.ops import obstacle, version
 from modeling_xlstm import XLSTMConfig, XLSTMForCausalLM
+from modeling_xlstm.__main__ import number
 from modeling_xlstm.training_xlstm import decaying
 
 
@@ -48,6 +51,16 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TESTS = ("tests/test_model_triton.py",)
 WARM_UP, LEAST = 0.1, 0.1  # of the steps, of the learning rate
 UNTIMED = 10  # steps
+EXAMPLES = """examples:
+  python -m benchmarks quality languages --tiny --seeds 1 --models xLSTM-7B
+
+on a GPU:
+  python -m benchmarks quality languages --jobs 6
+
+with what `python checkpoints/prepare_data.py --cache .` fetches from the network:
+  python -m benchmarks quality text --tiny --data data
+  python -m benchmarks quality text small --data data  # on a GPU
+"""
 
 Batches = Iterator[tuple[Tensor, Tensor]]  # ids and targets [batch, time]
 Row = dict[str, Any]
@@ -293,21 +306,21 @@ def runs(section: Section, args: argparse.Namespace) -> dict[tuple[str, str], li
     size = (TINY if args.tiny else section.size)._replace(**{key: value for key, value in sizes.items() if value})
     names = [name for name in section.models if name in (args.models or section.models)]
     rows: dict[tuple[str, str], list[Row]] = {(s, name): [] for s in section.subjects for name in names}
-    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(args.jobs, get_context("spawn"), die_of_interrupts) as pool:
         futures = {
             pool.submit(section.learn, size, name, seed, args.data, subject): (subject, name, seed)
             for seed in range(args.seeds)
             for subject, name in rows
         }
-        for future in as_completed(futures):
+        for future in tqdm(as_completed(futures), "runs", total=len(futures), disable=None, leave=False):
             subject, name, seed = futures[future]
             if error := future.exception():
-                print(f"{subject}, {name}, seed {seed}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-                continue
-            row = future.result()
-            rows[subject, name].append(row)
-            cells = ", ".join(f"{row[c]:{kind}} {c}" for c, kind in section.columns.items() if c in row)
-            print(f"{subject}, {name}, seed {seed}: {cells}", file=sys.stderr, flush=True)
+                said = f"{type(error).__name__}: {error}"
+            else:
+                row = future.result()
+                rows[subject, name].append(row)
+                said = ", ".join(f"{row[c]:{kind}} {c}" for c, kind in section.columns.items() if c in row)
+            tqdm.write(f"{subject}, {name}, seed {seed}: {said}", file=sys.stderr)
     return rows
 
 
@@ -329,22 +342,28 @@ def table(section: Section, args: argparse.Namespace) -> bool:
     return all(len(of_seeds) == args.seeds for of_seeds in rows.values())
 
 
+def build_parser() -> argparse.ArgumentParser:
+    parser = command_line("quality", __doc__, EXAMPLES)
+    add = parser.add_argument
+    add("sections", nargs="+", metavar="SECTION", choices=SECTIONS, help=f"of {', '.join(SECTIONS)}")
+    add("--data", type=Path, metavar="DIR", help="the output of prepare_data.py")
+    add("--models", nargs="+", metavar="NAME", help="names in the table (default: all)")
+    add("--seeds", type=integer(1), default=3, metavar="N", help="how many (default: 3)")
+    add("--steps", type=integer(UNTIMED + 1), metavar="N", help="another length of training")
+    rate = number(float, "above 0 and at most 1", lambda x: 0 < x <= 1)
+    add("--learning-rate", type=rate, metavar="X", help="another learning rate")
+    jobs = "runs at once, which makes tokens/s meaningless (default: 1)"
+    add("--jobs", type=integer(1), default=1, metavar="N", help=jobs)
+    add("--tiny", action="store_true", help="small models and few steps, to try it")
+    return parser
+
+
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="+", metavar="SECTION", choices=SECTIONS, help=f"of {', '.join(SECTIONS)}")
-    parser.add_argument("--data", type=Path, help="the output of prepare_data.py")
-    parser.add_argument("--models", nargs="+", help="names in the table (default: all)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
-    parser.add_argument("--steps", type=int, help="another length of training")
-    parser.add_argument("--learning-rate", type=float, help="another learning rate")
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="runs at once, which makes tokens/s meaningless (default: 1)"
-    )
-    parser.add_argument("--tiny", action="store_true", help="small models and few steps, to try it")
+    parser = build_parser()
     args = parser.parse_args(arguments)
     on_text = {"text", "small"} & set(args.sections)
-    if on_text and (args.data is None or not (args.data / "data.json").is_file()):
-        parser.error(f"--data must be the output of checkpoints/prepare_data.py, got {args.data}.")
+    if on_text:
+        check_data(parser, args.data, "data.json", "train.npy", "held_out.npy", "tokenizer.json")
     known = {name for section in args.sections for name in SECTIONS[section].models}
     if unknown := set(args.models or ()) - known:
         parser.error(f"Models are {', '.join(sorted(known))}, got {', '.join(sorted(unknown))}.")
@@ -363,4 +382,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

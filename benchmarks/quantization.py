@@ -16,6 +16,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,23 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TorchAoConfig
 
 import modeling_xlstm  # noqa: F401  # registers xLSTM with the Auto classes
 
+from .command import check_data, command_line, integer, run, show
 from .ops import ROOT, obstacle
 
 
 MODEL = ROOT / "checkpoints" / "xlstm-demo"
 WINDOW, BATCH, IGNORED = 512, 32, -100
 TESTS = ("tests/test_quantization.py",)
+PACKAGES = ("bitsandbytes", "torchao")
+EXAMPLES = """with what `python checkpoints/prepare_data.py --cache .` fetches from the network:
+  python -m benchmarks quantization --data data --windows 8
+  python -m benchmarks quantization --data data --device cuda  # on a GPU
+"""
 
 
 def torchao_int8() -> TorchAoConfig:
@@ -116,14 +124,23 @@ def cost(losses: Tensor, baseline: Tensor, tokens: Tensor) -> str:
     return f"{100 * difference.expm1():+.2f} % ± {100 * error:.2f}"
 
 
+def build_parser() -> argparse.ArgumentParser:
+    parser = command_line("quantization", __doc__, EXAMPLES)
+    add = parser.add_argument
+    add("--data", type=Path, required=True, metavar="DIR", help="the output of checkpoints/prepare_data.py")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (%(default)s)")
+    add("--windows", type=integer(2), default=128, metavar="N", help="how many to read, at most all (%(default)s)")
+    return parser
+
+
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the output of checkpoints/prepare_data.py")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
-    parser.add_argument("--windows", type=int, default=128, help="how many to read, at most all (default: 128)")
+    parser = build_parser()
     args = parser.parse_args(arguments)
-    if not (args.data / "held_out.npy").exists():
-        parser.error(f"--data must be the output of checkpoints/prepare_data.py, but {args.data} has no held_out.npy.")
+    check_data(parser, args.data, "held_out.npy", "tokenizer.json")
+    if missing := [package for package in PACKAGES if find_spec(package) is None]:
+        sys.exit(f"Weights are quantised by {' and '.join(PACKAGES)}, got no {missing[0]}: it is not installed.")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device cuda must have a CUDA GPU, and PyTorch finds none here.")
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -131,21 +148,24 @@ def main(arguments: list[str] | None = None) -> None:
     if reason := obstacle(TESTS):
         sys.exit(f"No numbers without correct results: {reason}")
 
-    ids, labels = windows(read_tokens(args.data), args.windows)
+    try:
+        ids, labels = windows(read_tokens(args.data), args.windows)
+    except (OSError, ValueError, EOFError) as error:
+        sys.exit(f"The held-out text in {args.data} cannot be read: {error}")
     tokens = (labels[:, 1:] != IGNORED).sum(1).double()
     machine = platform.machine() if args.device == "cpu" else torch.cuda.get_device_name()
-    packages = ("torch", "transformers", "bitsandbytes", "torchao")
+    packages = ("torch", "transformers", *PACKAGES)
     print(f"{int(tokens.sum()):,} tokens, {machine}, " + ", ".join(f"{name} {version(name)}" for name in packages))
-    print("| weights | bytes | perplexity | cost |\n|---|---|---|---|")
+    show("| weights | bytes | perplexity | cost |\n|---|---|---|---|")
     baseline = None
-    for name, options in forms(args.device).items():
+    for name, options in tqdm(forms(args.device).items(), "forms", disable=None):
         model = AutoModelForCausalLM.from_pretrained(MODEL, device_map=args.device, **options)
         size, losses = weight_bytes(model), window_losses(model, ids, labels)
         shown = "" if baseline is None else cost(losses, baseline, tokens)
         baseline = losses if baseline is None else baseline
         perplexity = (losses.sum() / tokens.sum()).exp()
-        print(f"| {name} | {size:,} | {perplexity:.3f} | {shown} |", flush=True)
+        show(f"| {name} | {size:,} | {perplexity:.3f} | {shown} |")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -13,6 +13,7 @@ has a process of its own.
 `--tiny` tries it with models and lengths of no meaning, untested, on a CPU too.
 """
 
+import argparse
 import platform
 import statistics
 import sys
@@ -23,14 +24,23 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from tqdm import tqdm
 
 import modeling_xlstm
-from benchmarks.generation import asked, in_tree, ours, synchronize
+from benchmarks.command import run, show
+from benchmarks.generation import asked, in_tree, ours, section_parser, synchronize
 from benchmarks.ops import OURS, Worker, version
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TESTS = ("tests/test_logits_triton.py", "tests/test_model_triton.py")
+EXAMPLES = """examples:
+  python -m benchmarks training stack --tiny
+
+on a GPU:
+  python -m benchmarks training
+  python -m benchmarks training step
+"""
 
 Row = dict[str, Any]  # cells by column
 
@@ -139,37 +149,39 @@ SECTIONS = {
 COLUMNS = {"ms": ".1f", "tokens/s": ".0f", "peak GiB": ".1f", "s for three": ".1f", "of first": ".2f"}
 
 
-def table(section: Section, sizes: Sizes) -> list[str]:
+def table(name: str, section: Section, sizes: Sizes) -> list[str]:
     """Prints a table, and returns what is wrong with ours."""
     print(f"| model | texts | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 2)}", flush=True)
-    wrong = []
-    for B, T in sizes.batches[section.batches]:
-        rate = None
-        for name in section.peers:
-            with closing(Worker()) as worker:
-                row, error = worker.attempt(measure, name, sizes, B, T, section.compiled)
-            if error:
-                print(f"| {name} | {B} x {T} | {error} |", flush=True)
-                wrong += [f"{name}: {error}"] if name.startswith(OURS) else []
-                continue
-            rate = rate or row["tokens/s"]
-            row["of first"] = row["tokens/s"] / rate
-            cells = ["" if row[column] is None else format(row[column], kind) for column, kind in COLUMNS.items()]
-            print(f"| {name} | {B} x {T} | {' | '.join(cells)} |", flush=True)
+    wrong, rates = [], dict[tuple[int, int], float]()
+    runs = [(batch, peer) for batch in sizes.batches[section.batches] for peer in section.peers]
+    for (B, T), peer in tqdm(runs, name, disable=None, leave=False):
+        with closing(Worker()) as worker:
+            row, error = worker.attempt(measure, peer, sizes, B, T, section.compiled)
+        if error:
+            show(f"| {peer} | {B} x {T} | {error} |")
+            wrong += [f"{peer}: {error}"] if peer.startswith(OURS) else []
+            continue
+        row["of first"] = row["tokens/s"] / rates.setdefault((B, T), row["tokens/s"])
+        cells = ["" if row[column] is None else format(row[column], kind) for column, kind in COLUMNS.items()]
+        show(f"| {peer} | {B} x {T} | {' | '.join(cells)} |")
     return wrong
 
 
+def build_parser() -> argparse.ArgumentParser:
+    return section_parser("training", __doc__, EXAMPLES, SECTIONS)
+
+
 def main(arguments: list[str] | None = None) -> None:
-    args = asked(arguments, __doc__, SECTIONS, TESTS, DEVICE)
+    args = asked(build_parser(), arguments, SECTIONS, TESTS, DEVICE)
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.machine()
     print(device, "bfloat16", *(f"{name} {version(name)}" for name in ("torch", "triton", "transformers")), sep=", ")
     sizes, wrong = TINY if args.tiny else FULL, []
     for name in args.sections or SECTIONS:
         print(f"\n{name}\n", flush=True)
-        wrong += table(SECTIONS[name], sizes)
+        wrong += table(name, SECTIONS[name], sizes)
     if wrong:
         sys.exit("\n".join(wrong))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

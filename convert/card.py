@@ -30,7 +30,7 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 ```
 
 Without it, `AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)` runs the copy of its code
-(Apache-2.0) that is here.
+(Apache-2.0) that is here. `AutoTokenizer` asks for that option too, though a tokenizer has no code here.
 """,
     "transformers": """```python
 from transformers import AutoModelForCausalLM

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from modeling_xlstm import XLSTMConfig, XLSTMForCausalLM
 from modeling_xlstm.checkpoint_xlstm import embedding_name
@@ -53,7 +54,7 @@ def largest_difference(source: Source, folder: Path) -> tuple[float, float]:
     vocabulary = len(source.meta[embedding_name(source.fmt)])
     ids = torch.randint(0, vocabulary, (2, LENGTH), generator=torch.Generator().manual_seed(0))
     results = []
-    for checkpoint in (source, open_source(str(folder))):
+    for checkpoint in tqdm((source, open_source(str(folder))), "Verifying", unit="model", disable=None):
         try:
             results.append(logits(checkpoint, ids))
         except PARSER_ERRORS as error:
@@ -68,7 +69,8 @@ def largest_difference(source: Source, folder: Path) -> tuple[float, float]:
 def logits(source: Source, ids: Tensor) -> Tensor:
     """Logits `[B, T, vocabulary]`, float32, of the tokens `ids` by the code that the format of `source` is made for."""
     config = read_model_config(source, [])  # whose sizes are those of the weights
-    weights = dict(source.weights)
+    bar = tqdm(source.weights, f"Reading {source.fmt}", unit="weight", disable=None, leave=False)
+    weights = {name: source.weights[name] for name in bar}
     weights.setdefault("lm_head.weight", weights[embedding_name(source.fmt)])
     if source.fmt == "native":
         model: nn.Module = XLSTMForCausalLM(config).float()

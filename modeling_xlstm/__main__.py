@@ -34,11 +34,12 @@ from .modeling_xlstm import XLSTMForCausalLM, count_parameters
 
 EXAMPLES = """examples:
   python -m modeling_xlstm generate --model checkpoints/xlstm-demo --prompt "A class is" --seed 1
-  python -m modeling_xlstm generate --model checkpoints/xlstm-demo --prompt - --greedy < prompt.txt
+  echo "To create a new table," | python -m modeling_xlstm generate --model checkpoints/xlstm-demo --prompt - --greedy
   python -m modeling_xlstm info checkpoints/xlstm-demo
   python -m modeling_xlstm serve checkpoints/xlstm-demo --dtype float32 --port 8000
 """
 # names of the safetensors format: names of PyTorch
+LARGE = 1e9  # bytes of weights, from which on loading takes long enough for a progress bar
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -146,6 +147,8 @@ def generate(args: argparse.Namespace) -> None:
         dtype = args.dtype
         if (dtype, device.type) == ("auto", "cpu") and not is_quantized(config):
             dtype = "float32"
+        if sys.stderr.isatty() and sum(file.stat().st_size for file in Path(args.model).glob("*.safetensors")) > LARGE:
+            logging.enable_progress_bar()
         options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "trust_remote_code": False}
         model: Any = AutoModelForCausalLM.from_pretrained(args.model, **options)
         model.set_backend(args.backend)
@@ -169,7 +172,7 @@ def generate(args: argparse.Namespace) -> None:
     streamer = TimedStreamer(tokenizer, args.skip_prompt)
     try:
         model.generate(**inputs, streamer=streamer, **options)
-    except FloatingPointError as error:
+    except (FloatingPointError, torch.OutOfMemoryError) as error:
         raise CommandError(reason(error)) from error
     prompt_at, first_at, *_, last_at = (*streamer.times, streamer.times[-1])
     spans = {"prefill": (ids.numel(), first_at - prompt_at), "decode": (len(streamer.times) - 2, last_at - first_at)}
@@ -250,7 +253,7 @@ def serve(args: argparse.Namespace) -> None:
     # where it looks for the class that a config.json names
     setattr(transformers, XLSTMForCausalLM.__name__, XLSTMForCausalLM)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command()(Serve)
+    app.command(epilog=f"\b\n{EXAMPLES}")(Serve)  # a paragraph after \b keeps its lines
     try:
         app(args.options, prog_name="python -m modeling_xlstm serve")
     except (OSError, ValueError, KeyError, RuntimeError, AssertionError, ImportError, SafetensorError) as error:

@@ -3,12 +3,16 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
 from numerics import assert_exact
 
-from benchmarks import generation, ops, training
+import benchmarks.__main__ as by_name
+from benchmarks import cpu as cpu_benchmark
+from benchmarks import generation, kernels, ops, quantization, resources, training
+from benchmarks.command import run
 from modeling_xlstm.fused import causal_lm_loss, soft_cap
 
 
@@ -409,3 +413,101 @@ def test_training_is_measured_on_a_gpu_only(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         training.main(["--tiny", "speed"])
     assert "Sections are step, compiled, stack, got speed." in capsys.readouterr().err
+
+
+# command lines
+
+
+def test_a_benchmark_is_run_by_its_name_with_its_own_options(monkeypatch):
+    called = []
+    monkeypatch.setattr(cpu_benchmark, "main", called.append)
+    by_name.main(["cpu", "--rounds", "1"])
+    assert called == [["--rounds", "1"]]
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        ("", "the following arguments are required: NAME"),
+        ("speed", "invalid choice: 'speed'"),
+        ("cpu --rounds 0", "must be an integer of at least 1, got 0"),
+        ("cpu --rounds many", "must be an integer of at least 1, got many"),
+        ("cpu --csv nowhere/cpu.csv", "must be a file that can be written in a directory that exists, got nowhere/"),
+        ("ops --plot benchmarks", "must be a file that can be written in a directory that exists, got benchmarks"),
+        ("kernels --set scores", "must be FIELD=A,B,... with integers, got scores"),
+        ("kernels --shape 1 2 3 4 0", "must be an integer of at least 1, got 0"),
+        ("resources 64", "must be pairs of head sizes, got 1 numbers"),
+        ("resources 64 0", "must be an integer of at least 1, got 0"),
+        ("quality languages --seeds 0", "must be an integer of at least 1, got 0"),
+        ("quality languages --steps 10", "must be an integer of at least 11, got 10"),
+        ("quality languages --learning-rate nan", "must be above 0 and at most 1, got nan"),
+        (
+            "quality text --data tests",
+            "output of checkpoints/prepare_data.py, got tests, which holds no data.json.",
+        ),
+        ("quantization --data README.md", "got README.md, which holds no held_out.npy."),
+        ("quantization --data tests --windows 0", "must be an integer of at least 2, got 0"),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence_and_exit_code_2(argv, sentence, monkeypatch, capsys):
+    monkeypatch.chdir(ops.ROOT)
+    with pytest.raises(SystemExit) as stop:
+        by_name.main(argv.split())
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and not out
+    assert err.startswith("python -m benchmarks") and sentence in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        ("kernels", "Kernels are measured on a CUDA GPU, and PyTorch finds none here."),
+        ("ops --from-csv nowhere.csv --plot ops.svg", "got nowhere.csv: No such file or directory."),
+        ("ops --from-csv README.md --plot ops.svg", "got README.md: it lacks rows or columns."),
+        ("quantization --data data --device cuda", "--device cuda must have a CUDA GPU, and PyTorch finds none here."),
+        ("quantization --data data", "The held-out text in data cannot be read: "),
+    ],
+)
+def test_what_cannot_be_measured_is_one_sentence_and_exit_code_1(argv, sentence, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(quantization, "obstacle", lambda tests: "")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in ("README.md", "data/held_out.npy", "data/tokenizer.json"):
+        (tmp_path / name).write_text("nothing of use", encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        by_name.main(argv.split())
+    assert sentence in str(stop.value.code) and "\n" not in str(stop.value.code)
+
+
+@pytest.mark.parametrize(
+    ("module", "argv", "package", "sentence"),
+    [
+        (cpu_benchmark, [], "xlstm", "got no xlstm: it is not installed."),
+        (quantization, ["--data", "."], "torchao", "got no torchao: it is not installed."),
+        (kernels, [], "triton", "Kernels are compiled by triton, which is not installed."),
+        (resources, [], "triton", "one of them is not here."),
+    ],
+)
+def test_a_missing_package_is_one_sentence(module, argv, package, sentence, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(module, "find_spec", lambda name: None if name == package else find_spec(name))
+    monkeypatch.setattr(quantization, "check_data", lambda *args: None)
+    with pytest.raises(SystemExit, match=sentence):
+        module.main(argv)
+
+
+def test_an_interrupt_is_no_stack_trace():
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        run(interrupted)
+    assert stop.value.code == 130
+
+
+def test_a_wrong_number_of_sizes_of_a_kernel_is_refused(monkeypatch):
+    x = torch.zeros(1, 16, 1, 16)
+    monkeypatch.setattr(kernels, "inputs", lambda *shape: [x] * 6)
+    with pytest.raises(ValueError, match=r"scores must have values like \(.*\), got 64."):
+        kernels.measure(1, 16, 1, 16, 16, {"scores": 64})

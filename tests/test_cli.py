@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -20,8 +19,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
+import modeling_xlstm.__main__
 from modeling_xlstm import XLSTMConfig, XLSTMForCausalLM, XLSTMPreTrainedModel, count_parameters
-from modeling_xlstm.__main__ import EXAMPLES, build_parser, main, state_bytes
+from modeling_xlstm.__main__ import EXAMPLES, main, state_bytes
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -345,12 +345,22 @@ def test_the_size_of_the_state_is_that_of_the_cache(kind, fields):
     assert state_bytes(model.config) == size
 
 
-@pytest.mark.parametrize("line", re.findall(r"-m modeling_xlstm (.+)", EXAMPLES))
-def test_the_examples_of_the_help_are_valid(line):
-    argv = shlex.split(line.partition("<")[0])
-    args = build_parser().parse_args(argv)
-    folders = {"info": lambda: args.directory, "generate": lambda: args.model, "serve": lambda: args.options[0]}
-    assert ROOT / folders[argv[0]]() == DEMO
+@pytest.mark.parametrize(("terminal", "large"), [(True, True), (True, False), (False, True)])
+def test_loading_has_a_progress_bar_where_it_takes_long_on_a_terminal(run, checkpoint, monkeypatch, terminal, large):
+    monkeypatch.setattr(modeling_xlstm.__main__, "LARGE", 1 if large else 1e9)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    code, _, err = run("generate", "--model", checkpoint, "--prompt", PROMPT, "--max-new-tokens", 1)
+    assert code == 0
+    assert ("Loading weights: 100%" in err) == (terminal and large)
+
+
+def test_memory_that_does_not_suffice_is_one_sentence(run, checkpoint, monkeypatch):
+    def fail(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nGPU 0 has less.")
+
+    monkeypatch.setattr(XLSTMForCausalLM, "generate", fail)
+    code, _, err = run("generate", "--model", checkpoint, "--prompt", PROMPT)
+    assert (code, err) == (1, "error: CUDA out of memory. Tried to allocate 9 GiB.\n")
 
 
 def program(*argv: object, **options) -> subprocess.Popen:

@@ -21,7 +21,7 @@ from origins import (
 from peers import in_transformers, large, paper
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from convert.__main__ import EXAMPLES, build_parser, main
+from convert.__main__ import main
 from convert.source import open_source
 from convert.verify import logits
 from modeling_xlstm import XLSTMForCausalLM
@@ -237,12 +237,6 @@ def test_every_format_has_its_words_in_the_card(fmt):
 
     assert fmt in WORDS
     assert fmt in USE or fmt == "transformers-fused"
-
-
-@pytest.mark.parametrize("line", EXAMPLES.splitlines()[1:])
-def test_the_examples_of_the_help_are_valid(line):
-    assert line.startswith("  python -m convert ")
-    build_parser().parse_args(line.split()[3:])
 
 
 def test_fields_that_a_format_does_not_know_are_told(run, tmp_path):

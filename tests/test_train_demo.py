@@ -5,6 +5,7 @@ import importlib.util
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -94,9 +95,29 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(saves, train, monk
         (["--slstm", "2", "--steps", "1"], "--slstm must be numbers of blocks, from 0 to 1, got 2"),
         (["--stack", "7:1", "--steps", "1"], "num_hidden_layers must be a multiple of 8 for the ratio 7:1, got 2"),
         (["--steps", "1", *STACK, "--resume"], "--resume needs a run to go on with"),
+        (["--steps", "0", *STACK], "must be a positive integer, got 0"),
+        (["--steps", "1", *STACK, "--dropout", "1"], "must be at least 0 and below 1, got 1"),
+        (["--steps", "1", *STACK, "--window", "9999"], "--window must be at most half of the "),
+        (["--steps", "1", *STACK, "--data", "nowhere"], "but nowhere holds no data.json."),
+        (["--steps", "1", *STACK, "--out", "data/data.json"], "--out must be a directory that can be made, got data/"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_in_a_sentence(train, options, sentence, capsys):
     with pytest.raises(SystemExit) as stopped:
         train(*TOY, *options)
     assert sentence in f"{stopped.value.code} {capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("name", ["data.json", "train.npy", "held_out.npy", "tokenizer.json"])
+def test_damaged_data_are_refused_in_a_sentence(train, name):
+    Path("data", name).write_text("{")
+    with pytest.raises(SystemExit, match="^error: The data in data cannot be read: "):
+        train(*TOY, *STACK, "--steps", "1")
+
+
+def test_data_that_cannot_be_prepared_are_a_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    command = [sys.executable, CHECKPOINTS / "prepare_data.py", "--cache", tmp_path / "file"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 1 and not run.stdout and "Traceback" not in run.stderr
+    assert f"error: The data cannot be prepared: Not a directory: {tmp_path / 'file' / 'archives'}\n" in run.stderr
