@@ -149,6 +149,8 @@ class XLSTMGenerationMixin(GenerationMixin):
         Neither with `disable_compile=True`. With a `compile_config` steps are compiled by `torch.compile` instead, on a
         CPU too, which needs a C++ compiler.
         """
+        if kwargs.get("output_gates"):
+            raise ValueError("output_gates is for a forward pass, of which generate makes many, got True.")
         inputs = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
         given = next((x for x in inputs if isinstance(x, Tensor) and x.dim() > 1), None)
         caches = (kwargs.get("past_key_values"), kwargs.get("cache_params"))

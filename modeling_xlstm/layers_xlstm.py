@@ -1,12 +1,14 @@
 """What xLSTM blocks are made of: norms, projections, convolution, feed-forward and the three mixers.
 
 Dims: `B` batch `T` time `D` hidden size `H` heads `K` query and key head dim `V` value head dim. Every mixer is called
-like `nn.LSTM`: `y, state = layer(x, state)`, x and y `[B, T, D]`. With `keep`, y is of the last `keep` positions only.
+like `nn.LSTM`: `y, state = layer(x, state)`, x and y `[B, T, D]`. With `keep`, y is of the last `keep` positions only;
+`on_gates` is called with the gates of all.
 
 Papers: https://arxiv.org/abs/2405.04517 (xLSTM[a:b]) and https://arxiv.org/abs/2503.13427 (xLSTM-7B).
 """
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -338,6 +340,8 @@ class GateActivations(NamedTuple):
         return GateActivations(*(x.masked_fill(~mask.view(*mask.shape, *[1] * (x.dim() - 2)), y) for x, y in pairs))
 
 
+OnGates = Callable[[GateActivations], None]  # what a mixer shows its gates to
+
 # More steps than that are always taken in parallel.
 FEW_STEPS = 16
 
@@ -409,11 +413,14 @@ class _MLSTMMixer(nn.Module):
             h, state = mlstm_chunkwise(q, k, v, igate, fgate, state, backend=backend, **options)
         return self._gated(h, backend, keep, *gating), state
 
-    def _activations(self, gates: Tensor, output: Tensor, mask: Tensor | None) -> GateActivations:
-        """Of gates `[B, T, 2 H]` before the soft cap, and of an output gate `[B, T, H V]` as it multiplies."""
+    def _activations(
+        self, gates: Tensor, ogate: Tensor, function: Callable[[Tensor], Tensor], mask: Tensor | None
+    ) -> GateActivations:
+        """Of gates `[B, T, 2 H]` before the soft cap, and of an output gate `[B, T, H V]` before its function."""
         igate, fgate = soft_cap(gates, self.config.gate_soft_cap).chunk(2, -1)
         igate = torch.sigmoid(igate) if self.config.mlstm_input_gate == "sigmoid" else torch.exp(igate)
-        return GateActivations(igate, torch.sigmoid(fgate), output.unflatten(-1, (-1, self.head_sizes[1]))).at(mask)
+        output = function(ogate.to(state_dtype(ogate.dtype))).unflatten(-1, (-1, self.head_sizes[1]))
+        return GateActivations(igate, torch.sigmoid(fgate), output).at(mask)
 
     def _gated(
         self,
@@ -467,25 +474,15 @@ class MLSTMLayer(_MLSTMMixer):
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         keep: int | None = None,
+        on_gates: OnGates | None = None,
     ) -> tuple[Tensor, LayerState]:
         check_layer_input(x, self.config.hidden_size, mask, cu_seqlens, keep)
         cell, _, in_place = unpack_state(state, None)
-        qkvo = linear(self.qkvo_proj, x, backend=self.backend)
-        y, cell = self.heads(qkvo, self.gate_proj(x), cell, in_place, mask, cu_seqlens, keep)
+        qkvo, gates = linear(self.qkvo_proj, x, backend=self.backend), self.gate_proj(x)
+        if on_gates is not None:
+            on_gates(self._activations(gates, qkvo.split(self.splits, -1)[3], torch.sigmoid, mask))
+        y, cell = self.heads(qkvo, gates, cell, in_place, mask, cu_seqlens, keep)
         return linear(self.out_proj, y, backend=self.backend), LayerState(cell)
-
-    def gate_activations(
-        self,
-        x: Tensor,
-        state: LayerState | None = None,
-        *,
-        mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> GateActivations:
-        """The gates of a call with these arguments."""
-        check_layer_input(x, self.config.hidden_size, mask, cu_seqlens, None)
-        o = linear(self.qkvo_proj, x, backend=self.backend).split(self.splits, -1)[3]
-        return self._activations(self.gate_proj(x), torch.sigmoid(o.to(state_dtype(o.dtype))), mask)
 
     def heads(
         self,
@@ -535,30 +532,17 @@ class MLSTMPreUpLayer(_MLSTMMixer):
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         keep: int | None = None,
+        on_gates: OnGates | None = None,
     ) -> tuple[Tensor, LayerState]:
         check_layer_input(x, self.config.hidden_size, mask, cu_seqlens, keep)
         cell, conv, in_place = unpack_state(state, self.conv)
         x, z = linear(self.up_proj, x, backend=self.backend).chunk(2, -1)
         c, conv = _convolved(self.conv, x, conv, mask, cu_seqlens)
         q, k, v, gates = self._qkv_and_gates(c, x)
+        if on_gates is not None:
+            on_gates(self._activations(gates, z, F.silu, mask))
         y, cell = self._cell(q, k, v, gates, cell, in_place, mask, cu_seqlens, keep, z, c, self.skip)
         return linear(self.down_proj, y, backend=self.backend), LayerState(cell, conv)
-
-    def gate_activations(
-        self,
-        x: Tensor,
-        state: LayerState | None = None,
-        *,
-        mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> GateActivations:
-        """The gates of a call with these arguments."""
-        check_layer_input(x, self.config.hidden_size, mask, cu_seqlens, None)
-        _, conv, _ = unpack_state(state, self.conv)
-        x, z = linear(self.up_proj, x, backend=self.backend).chunk(2, -1)
-        c, _ = _convolved(self.conv, x, conv, mask, cu_seqlens)
-        *_, gates = self._qkv_and_gates(c, x)
-        return self._activations(gates, F.silu(z.to(state_dtype(z.dtype))), mask)
 
     def _qkv_and_gates(self, c: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         maps, gate = (self.q_proj, self.k_proj, self.v_proj), self.gate_proj
@@ -628,48 +612,41 @@ class SLSTMLayer(nn.Module):
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         keep: int | None = None,
+        on_gates: OnGates | None = None,
     ) -> tuple[Tensor, LayerState]:
         check_layer_input(x, self.config.hidden_size, mask, cu_seqlens, keep)
         cell, conv, _ = unpack_state(state, self.conv)
         c, conv = _convolved(self.conv, x, conv, mask, cu_seqlens)
-        gates = self._gates(c, x)
+        gates, before = self._gates(c, x), cell
         if x.shape[1] == 1 and cu_seqlens is None:
-            mask = None if mask is None else mask[:, 0]
-            h, cell = slstm_step(gates.squeeze(1), self.recurrent_weight, cell, mask=mask, backend=self.backend)
+            real = None if mask is None else mask[:, 0]
+            h, cell = slstm_step(gates.squeeze(1), self.recurrent_weight, cell, mask=real, backend=self.backend)
             h = h.unsqueeze(1)
         else:
             options: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "backend": self.backend}
             h, cell = slstm_scan(gates, self.recurrent_weight, cell, **options)
+        if on_gates is not None:
+            on_gates(self._activations(gates, h, None if before is None else before.h, cu_seqlens).at(mask))
         return self.head_norm(last(h, keep).to(x.dtype)), LayerState(cell, conv)
 
-    def gate_activations(
-        self,
-        x: Tensor,
-        state: LayerState | None = None,
-        *,
-        mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
+    def _activations(
+        self, gates: Tensor, h: Tensor, first: Tensor | None, cu_seqlens: Tensor | None
     ) -> GateActivations:
-        """The gates of a call with these arguments. They depend on what the cell gives out, so it reads x as well."""
-        check_layer_input(x, self.config.hidden_size, mask, cu_seqlens, None)
-        cell, conv, _ = unpack_state(state, self.conv)
-        c, _ = _convolved(self.conv, x, conv, mask, cu_seqlens)
-        dtype = state_dtype(x.dtype)
-        gates = self._gates(c, x).to(dtype)
-        options: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "backend": self.backend}
-        h, _ = slstm_scan(gates, self.recurrent_weight, cell, **options)
-        first = h.new_zeros(1, *h.shape[2:]) if cell is None else cell.h
+        """Of gates without their recurrent part, which h `[B, T, H, D / H]` and the h before the first adds."""
+        dtype = state_dtype(gates.dtype)
+        h = h.to(dtype)
+        first = h.new_zeros(1, *h.shape[2:]) if first is None else first
         if cu_seqlens is None:
-            before = torch.cat((first.expand(len(h), -1, -1)[:, None], h[:, :-1]), 1)
+            h = torch.cat((first.expand(len(h), -1, -1)[:, None], h[:, :-1]), 1)
         else:
-            token, bounds = torch.arange(x.shape[1], device=x.device), cu_seqlens.long()
+            token, bounds = torch.arange(h.shape[1], device=h.device), cu_seqlens.long()
             row = torch.searchsorted(bounds[1:], token, right=True)
             starts = (token == bounds[row])[:, None, None]
-            before = torch.where(starts, first.expand(len(bounds) - 1, -1, -1)[row], h.roll(1, 1))
-        with full_precision(x.device):
-            gates = gates + torch.einsum("bthd,hgod->bthgo", before, self.recurrent_weight.to(dtype))
+            h = torch.where(starts, first.expand(len(bounds) - 1, -1, -1)[row], h.roll(1, 1))
+        with full_precision(h.device):
+            gates = gates.to(dtype) + torch.einsum("bthd,hgod->bthgo", h, self.recurrent_weight.to(dtype))
         i, f, _, o = gates.unbind(-2)
-        return GateActivations(torch.exp(i), torch.sigmoid(f), torch.sigmoid(o)).at(mask)
+        return GateActivations(torch.exp(i), torch.sigmoid(f), torch.sigmoid(o))
 
     def _gates(self, c: Tensor, x: Tensor) -> Tensor:
         """Pre-activations without their recurrent part, of i and f from c, of z and o from x: `[B, T, H, 4, D / H]`."""

@@ -56,6 +56,7 @@ from .layers_xlstm import (
     HeadNorm,
     MLSTMLayer,
     MLSTMPreUpLayer,
+    OnGates,
     SLSTMLayer,
     XLSTMNorm,
     init_linear_,
@@ -76,7 +77,7 @@ class XLSTMBlock(GradientCheckpointingLayer):
     """Pre-norm residual block: `x + mixer(norm(x))`, then `x + ffn(norm(x))` where the block has a feed-forward.
 
     `y, state = block(x, state)` with x, y `[B, T, hidden_size]`; `state` is a `LayerState`, `None` to start. With
-    `keep`, y is of the last `keep` positions only.
+    `keep`, y is of the last `keep` positions only; `on_gates` is called with the `GateActivations` of all.
     """
 
     def __init__(self, config: XLSTMConfig, layer_idx: int = 0):
@@ -106,10 +107,12 @@ class XLSTMBlock(GradientCheckpointingLayer):
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         keep: int | None = None,
+        on_gates: OnGates | None = None,
     ) -> tuple[Tensor, LayerState]:
-        if HAS_TRITON and takes(self, x, state, cu_seqlens):
+        if HAS_TRITON and on_gates is None and takes(self, x, state, cu_seqlens):
             return last(block_steps(self, x, state, mask), keep), state
-        y, state = self.mixer(self.mixer_norm(x), state, mask=mask, cu_seqlens=cu_seqlens, keep=keep)
+        options: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "keep": keep, "on_gates": on_gates}
+        y, state = self.mixer(self.mixer_norm(x), state, **options)
         x = last(x, keep) + (self.dropout(y) if self.training else y)
         if self.ffn is not None:
             y = self.ffn(self.ffn_norm(x))
@@ -290,7 +293,7 @@ class XLSTMModel(XLSTMPreTrainedModel):
                 starts anew there.
             logits_to_keep: Positions at the end that the last block has to give an output for, 0 for all. If only some
                 are kept, a long text is read in pieces, so that memory does not grow with it (not under autograd).
-            output_gates: Whether to return `gates`, which takes the time of the mixers once more.
+            output_gates: Whether to return `gates`. Not with gradient checkpointing in training mode.
 
         Returns:
             `last_hidden_state` `[B, T or logits_to_keep, D]`, `past_key_values`, and on request `hidden_states`: the
@@ -333,7 +336,9 @@ class XLSTMModel(XLSTMPreTrainedModel):
             cache = None
 
         collecting = kwargs.get("output_hidden_states", self.config.output_hidden_states)
-        gates: list[GateActivations] | None = [] if output_gates else None
+        gates: list[GateActivations] = []
+        if output_gates and self.training and self.gradient_checkpointing:
+            raise ValueError("output_gates must be off with gradient checkpointing, which recomputes them, got True.")
         whole = cache is None or not logits_to_keep or collecting or output_gates or torch.is_grad_enabled()
         whole = whole or torch.compiler.is_compiling()
         for start, end in [(0, T)] if whole else _pieces(B, T, logits_to_keep):
@@ -344,12 +349,12 @@ class XLSTMModel(XLSTMPreTrainedModel):
             else:  # which may hold anything where there is padding, even NaN
                 x = piece if part is None else piece.masked_fill(~part[..., None], 0.0)
             keep = (logits_to_keep or None) if end == T else 1
-            x = self.read(x, cache, part, cu_seqlens, keep, gates=gates)
+            x = self.read(x, cache, part, cu_seqlens, keep, on_gates=gates.append if output_gates else None)
             if end < T:
                 cache.is_broken = True  # until all is read
                 cache.records = []  # what it takes to undo it would grow with the text
         return XLSTMModelOutput(
-            last_hidden_state=self.norm(x), past_key_values=cache, gates=None if gates is None else tuple(gates)
+            last_hidden_state=self.norm(x), past_key_values=cache, gates=tuple(gates) if output_gates else None
         )
 
     def read(
@@ -360,21 +365,20 @@ class XLSTMModel(XLSTMPreTrainedModel):
         cu_seqlens: Tensor | None = None,
         keep: int | None = None,
         inputs: list[Tensor] | None = None,
-        gates: list[GateActivations] | None = None,
+        on_gates: OnGates | None = None,
     ) -> Tensor:
         """x `[B, T, D]` through all blocks, y of the last `keep` positions; the cache reads on.
 
         Args:
             x, mask, cu_seqlens, keep: As in [`XLSTMBlock`].
             inputs: A list for what is given to each block.
-            gates: A list for the gates of each.
+            on_gates: Called with the gates of each.
         """
         B, T, _ = x.shape
         if cache is not None:
             cache.is_broken = True  # until all layers have read, whatever stops them
         recording = cache is not None and cache.is_recording
         passes: list[tuple] = []  # of each layer what it takes to redo it
-        block: Any
         for i, block in enumerate(self.layers):
             state = None if cache is None else cache.get_state(i, B)
             if recording:
@@ -382,11 +386,8 @@ class XLSTMModel(XLSTMPreTrainedModel):
                 passes.append((block, x, before))
             if inputs is not None:
                 inputs.append(x)
-            if gates is not None:  # before the state is overwritten
-                options = {"mask": mask, "cu_seqlens": cu_seqlens}
-                gates.append(block.mixer.gate_activations(block.mixer_norm(x), state, **options))
             kept = keep if i + 1 == len(self.layers) else None
-            x, state = block(x, state, mask=mask, cu_seqlens=cu_seqlens, keep=kept)
+            x, state = block(x, state, mask=mask, cu_seqlens=cu_seqlens, keep=kept, on_gates=on_gates)
             if cache is not None:
                 cache.update(state, i)
         if cache is not None:

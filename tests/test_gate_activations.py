@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import KINDS, TWO_KINDS, random_ids, tiny_model
+from peft import LoraConfig, get_peft_model
 
 from modeling_xlstm import GateActivations, MLSTMLayer, SLSTMLayer, XLSTMModel
 
@@ -13,6 +14,13 @@ FIELDS = GateActivations._fields
 
 def gates_of(model, ids, **options):
     return model(ids, output_gates=True, **options).gates
+
+
+def shown(layer, *args, **options):
+    """What a layer shows of its gates in a call."""
+    gates = []
+    layer(*args, on_gates=gates.append, **options)
+    return gates
 
 
 def assert_same(actual, expected, bound=1e-10):
@@ -109,8 +117,7 @@ def test_output_gates_multiply_what_goes_out(kind):
     project, last = (mixer.qkvo_proj, mixer.out_proj) if kind == "post_up" else (mixer.up_proj, mixer.down_proj)
     given = []
     last.register_forward_pre_hook(lambda _, args: given.append(args[0]))
-    mixer(x)
-    gates = mixer.gate_activations(x).output.flatten(-2)
+    (gates,) = (layer.output.flatten(-2) for layer in shown(mixer, x))
     size = gates.shape[-1]
     project.weight[-size:], project.bias[-size:] = 0.0, 1.0  # the same gate everywhere
     mixer(x)
@@ -160,9 +167,9 @@ def test_packed_sequences_of_a_layer_go_on_from_states_of_their_own():
     layer = tiny_model("slstm").double().model.layers[0].mixer
     x = torch.randn(3, 6, 32, dtype=torch.float64)
     _, state = layer(x[:, :2])
-    expected = layer.gate_activations(x[:, 2:], state)
+    (expected,) = shown(layer, x[:, 2:], state)
     rows = torch.cat((x[0, 2:], x[2, 2:]))[None]  # nothing of the second
-    packed = layer.gate_activations(rows, state, cu_seqlens=torch.tensor([0, 4, 4, 8]))
+    (packed,) = shown(layer, rows, state, cu_seqlens=torch.tensor([0, 4, 4, 8]))
     for actual, wanted in zip(packed, expected, strict=True):
         torch.testing.assert_close(actual.view(2, 4, *actual.shape[2:]), wanted[[0, 2]])
 
@@ -193,3 +200,34 @@ def test_a_stack_by_itself_and_a_pass_with_hidden_states_give_them_too():
     assert len(output.hidden_states) == len(output.gates) + 1
     assert isinstance(model.model, XLSTMModel)
     assert_same(gates_of(model.model, ids), output.gates)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_looking_changes_nothing_whatever_is_random_inside(kind):
+    lora = LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.5, init_lora_weights=False)
+    model, ids = get_peft_model(tiny_model(kind, dropout=0.2), lora).train(), random_ids(2, 9)
+    torch.manual_seed(1)
+    expected = model(input_ids=ids).logits
+    torch.manual_seed(1)
+    assert torch.equal(model(input_ids=ids, output_gates=True).logits, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_shows_its_gates_and_does_what_it_does_otherwise(kind):
+    model, ids = tiny_model(kind), random_ids(2, 9)
+    caches = [model(ids[:, :8]).past_key_values for _ in range(2)]
+    seen = model(ids[:, 8:], past_key_values=caches[0], output_gates=True)
+    assert torch.equal(seen.logits, model(ids[:, 8:], past_key_values=caches[1]).logits)
+    assert_same(seen.gates, of_tokens(gates_of(model, ids), [8]), bound=1e-4)
+
+
+def test_they_are_refused_where_they_would_have_no_gradient_or_nobody_to_go_to():
+    model, ids = tiny_model().train(), random_ids(1, 4)
+    model.model.gradient_checkpointing = True
+    with pytest.raises(ValueError, match="^output_gates must be off with gradient checkpointing"):
+        model(ids, output_gates=True)
+    with pytest.raises(
+        ValueError, match="^output_gates is for a forward pass, of which generate makes many, got True.$"
+    ):
+        model.eval().generate(ids, max_new_tokens=2, output_gates=True)

@@ -1,5 +1,7 @@
 """Pictures hold the numbers that they claim to, and need no matplotlib but that of their axes."""
 
+import io
+import math
 import subprocess
 import sys
 
@@ -26,7 +28,7 @@ def drawn(gate, **options):
 
 def test_forget_gates_are_half_lives():
     _, picture = drawn("forget")
-    never, at_once = 1e6, 0.0
+    never, at_once = 1e6, 1 / 3  # has no logarithm, and the colour of the shortest
     np.testing.assert_allclose(picture[:2], [[1.0, 1.0, never], [0.5, never, at_once]])
     np.testing.assert_allclose(picture[2:], [[0.5, 0.5, 1.0], [1 / 3, 1.0, at_once]])
 
@@ -36,8 +38,9 @@ def test_channels_are_averaged(gate):
     _, picture = drawn(gate, row=1)
     assert picture.shape == (4, 3)
     mean = np.array([[0.5, 0.5, 1.0], [0.25, 1.0, 0.0]])
-    np.testing.assert_allclose(picture[2:], mean * 0.625)
-    np.testing.assert_allclose(picture[:2], mean * (0.625 if gate == "output" else 1.0))
+    least = 0.0 if gate == "output" else 0.625 * 0.25
+    np.testing.assert_allclose(picture[2:], np.maximum(mean * 0.625, least))
+    np.testing.assert_allclose(picture[:2], np.maximum(mean * (0.625 if gate == "output" else 1.0), least))
 
 
 def test_lines_are_heads_and_columns_are_tokens():
@@ -61,6 +64,25 @@ def test_what_cannot_be_drawn_is_refused(options, sentence):
         drawn(**options)
     with pytest.raises(ValueError, match="^gates must be those of at least one block, got none.$"):
         draw_gates(Figure().subplots(), ())
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, math.inf])
+@pytest.mark.parametrize("gate", GateActivations._fields)
+def test_gates_that_are_all_the_same_or_infinite_are_drawn_with_a_scale(gate, value):
+    figure = Figure()
+    same = GateActivations(*torch.full((3, 1, 4, 2), value if gate != "forget" else min(value, 1.0)))
+    figure.colorbar(draw_gates(figure.subplots(), [same], ["$", "$$", "\\frac", "$x$"], gate=gate))
+    figure.savefig(io.BytesIO())
+
+
+def test_some_of_the_blocks_have_their_own_numbers():
+    axes = Figure().subplots()
+    draw_gates(axes, gates()[1:], blocks=[7])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["block 7, head 0", "block 7, head 1"]
+    with pytest.raises(ValueError, match="^blocks must be one number for each of 1 blocks, got 2.$"):
+        draw_gates(axes, gates()[1:], blocks=[7, 8])
+    with pytest.raises(TypeError, match="^gates must be those of several blocks, got those of one; "):
+        draw_gates(axes, gates()[0])
 
 
 def test_it_is_there_without_matplotlib():
