@@ -20,10 +20,25 @@ PAGE, OUT = ROOT / "notebooks" / "benchmarks.md", ROOT / "notebooks" / "pictures
 EXAMPLES = """examples:
   python -m benchmarks pictures training generation --out pictures
 """
-HARDWARE = re.compile(r"NVIDIA [A-Z]+\d+\w*(?: \d+GB)?(?: HBM\d\w*)?|AMD EPYC")
-# of Okabe and Ito, told apart by who sees few colours; with the hatches also in print
-COLORS = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#CC79A7", "#999999")
-HATCHES = ("", "", "//", "\\\\", "--", "")
+HARDWARE = re.compile(r"NVIDIA (?:[A-Z]\w* )*[A-Z]*\d+\w*(?: \d+GB)?(?: HBM\d\w*)?|AMD EPYC|Intel\S* Xeon\S*")
+# Bars by what their names begin with: colours of Okabe and Ito, and hatches, which are there in print without colours.
+STYLES = {
+    "modeling_xlstm, ": ("#56B4E9", "//"),
+    "modeling_xlstm": ("#0072B2", ""),
+    "its steps alone": ("#56B4E9", "xx"),
+    "Llama": ("#E69F00", "\\\\"),
+    "Transformers xLSTM, kernels": ("#CC79A7", "--"),
+    "Transformers xLSTM": ("#D55E00", "||"),
+    "mlstm_kernels": ("#CC79A7", "--"),
+    "flashrnn": ("#CC79A7", "//"),
+    "simple_gla": ("#999999", "xx"),
+    "attention": ("#E69F00", "\\\\"),
+    "cuDNN": ("#E69F00", "\\\\"),
+    "xLSTM[0:1]": ("#0072B2", ""),
+    "xLSTM[1:1]": ("#56B4E9", "//"),
+    "xLSTM[1:0]": ("#009E73", "xx"),
+    "xLSTM-7B": ("#CC79A7", "--"),
+}
 
 
 class Table(NamedTuple):
@@ -90,28 +105,40 @@ def bars_of(table: Table, picture: Picture) -> tuple[list[str], dict[str, list[f
         groups = table.header[1:]
         rows = {row[0]: [number(cell, picture.part) for cell in row[1:]] for row in table.rows}
     else:
-        chosen = [row for row in table.rows if row[1] == picture.only]
+        chosen = [row for row in table.rows if row[1:2] == [picture.only]]
         groups = [row[0] for row in chosen]
         columns = enumerate(table.header[2:], 2)
         rows = {name: [number(row[i], picture.part) for row in chosen] for i, name in columns}
-    return groups, {name: heights for name, heights in rows.items() if not all(map(math.isnan, heights))}
+    empty = {name for name, texts in words_of(table, picture).items() if not any(texts)}
+    return groups, {name: heights for name, heights in rows.items() if name not in empty}
+
+
+def words_of(table: Table, picture: Picture) -> dict[str, list[str]]:
+    """Of each bar what stands in place of its numbers, such as `out of memory`."""
+    if picture.only is None:
+        return {row[0]: [plain(cell) for cell in row[1:]] for row in table.rows}
+    chosen = [row for row in table.rows if row[1:2] == [picture.only]]
+    return {name: [plain(row[i]) for row in chosen] for i, name in enumerate(table.header[2:], 2)}
+
+
+def plain(text: str) -> str:
+    """Text of a cell without marks of code."""
+    return text.replace("`", "")
 
 
 def draw(axes: Any, table: Table, picture: Picture) -> None:
     """Draws a table on axes of matplotlib."""
     groups, bars = bars_of(table, picture)
+    words = words_of(table, picture)
     width = 0.85 / len(bars)
     for i, (name, heights) in enumerate(bars.items()):
         at = [group + (i - (len(bars) - 1) / 2) * width for group in range(len(groups))]
-        style = {
-            "color": COLORS[i % len(COLORS)],
-            "hatch": HATCHES[i % len(HATCHES)],
-            "edgecolor": "white",
-            "linewidth": 0.5,
-        }
-        drawn = axes.bar(at, heights, width, label=name.replace("`", ""), **style)
-        axes.bar_label(drawn, [short(height) for height in heights], fontsize=7, rotation=90, padding=2)
-    axes.set_xticks(range(len(groups)), [group.replace("`", "") for group in groups], fontsize=8)
+        color, hatch = next((style for start, style in STYLES.items() if name.startswith(start)), ("#FFFFFF", "++"))
+        style = {"color": color, "hatch": hatch, "edgecolor": "black", "linewidth": 0.5}
+        drawn = axes.bar(at, [0 if math.isnan(x) else x for x in heights], width, label=plain(name), **style)
+        texts = [word if math.isnan(x) else short(x) for x, word in zip(heights, words[name], strict=True)]
+        axes.bar_label(drawn, texts, fontsize=7, rotation=90, padding=2)
+    axes.set_xticks(range(len(groups)), [plain(group).replace(", ", ",\n") for group in groups], fontsize=8)
     axes.set_ylabel(picture.label)
     axes.set_title(f"{picture.title} ({table.hardware})", fontsize=10)
     axes.margins(y=0.2)
@@ -121,15 +148,18 @@ def draw(axes: Any, table: Table, picture: Picture) -> None:
 
 def short(x: float) -> str:
     """A number as it is written on its bar."""
-    if math.isnan(x):
-        return ""
     return f"{x / 1000:.1f}k" if x >= 10000 else f"{x:.4g}"
+
+
+def heights_of(table: Table, picture: Picture) -> list[float]:
+    """Of all bars."""
+    return [height for heights in bars_of(table, picture)[1].values() for height in heights]
 
 
 def find(tables: Sequence[Table], picture: Picture) -> Table | None:
     """The table of a picture, if it is among these."""
     fit = (table for table in tables if table.header[0] == picture.first)
-    return next((table for table in fit if bars_of(table, picture)[1]), None)
+    return next((table for table in fit if any(not math.isnan(x) for x in heights_of(table, picture))), None)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -154,14 +184,19 @@ def main(arguments: list[str] | None = None) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         parser.error("Pictures need matplotlib, which is not installed: pip install matplotlib.")
-    tables = read_tables(args.page.read_text(encoding="utf-8"))
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        tables = read_tables(args.page.read_text(encoding="utf-8"))
+        args.out.mkdir(parents=True, exist_ok=True)
+    except UnicodeDecodeError:
+        parser.error(f"--page must be a text with tables, got {args.page}, which is none.")
+    except OSError as error:
+        parser.error(f"--out must be a folder that can be made, got {args.out}: {error.strerror}.")
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "modeling_xlstm"})
     for name in args.names or PICTURES:
         table = find(tables, PICTURES[name])
         if table is None:
             sys.exit(f"{args.page} must have a table that begins with {PICTURES[name].first!r}, got none.")
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        figure = Figure(figsize=(10, 3.8), layout="constrained")
         draw(figure.subplots(), table, PICTURES[name])
         figure.savefig(args.out / f"{name}.svg", metadata={"Date": None})
         print(args.out / f"{name}.svg")

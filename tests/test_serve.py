@@ -29,9 +29,9 @@ from modeling_xlstm import XLSTMForCausalLM
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "checkpoints" / "xlstm-demo"
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMAND = shlex.split(re.search(r"^python (-m modeling_xlstm serve .*)$", README, re.MULTILINE)[1])  # type: ignore[index]
-REQUEST = json.loads(re.search(r"^curl .*/v1/completions .*'(.*)'$", README, re.MULTILINE)[1])  # type: ignore[index]
+PAGE = (ROOT / "notebooks" / "generation.md").read_text(encoding="utf-8")
+COMMAND = shlex.split(re.search(r"^python (-m modeling_xlstm serve .*)$", PAGE, re.MULTILINE)[1])  # type: ignore[index]
+REQUEST = json.loads(re.search(r"^curl .*/v1/completions .*'(.*)'$", PAGE, re.MULTILINE)[1])  # type: ignore[index]
 PROMPTS = ("My lord,", "The function returns")
 TOKENS = 16
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
@@ -39,7 +39,7 @@ CHAT = [{"role": "user", "content": PROMPTS[1]}]
 
 
 class Server:
-    """The command of the README in a process of its own, and what its clients do."""
+    """The command of the page in a process of its own, and what its clients do."""
 
     def __init__(self, folder: Path):
         with socket.socket() as free:
