@@ -99,26 +99,21 @@ def number(cell: str, part: int = 0) -> float:
     return float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else math.nan
 
 
-def bars_of(table: Table, picture: Picture) -> tuple[list[str], dict[str, list[float]]]:
-    """Names of groups, and of each bar its heights in them."""
+def cells_of(table: Table, picture: Picture) -> tuple[list[str], dict[str, list[str]]]:
+    """Names of groups, and of each bar its cells in them; bars without any are left out."""
     if picture.only is None:
-        groups = table.header[1:]
-        rows = {row[0]: [number(cell, picture.part) for cell in row[1:]] for row in table.rows}
+        groups, bars = table.header[1:], {row[0]: row[1:] for row in table.rows}
     else:
         chosen = [row for row in table.rows if row[1:2] == [picture.only]]
         groups = [row[0] for row in chosen]
-        columns = enumerate(table.header[2:], 2)
-        rows = {name: [number(row[i], picture.part) for row in chosen] for i, name in columns}
-    empty = {name for name, texts in words_of(table, picture).items() if not any(texts)}
-    return groups, {name: heights for name, heights in rows.items() if name not in empty}
+        bars = {name: [row[i] for row in chosen] for i, name in enumerate(table.header[2:], 2)}
+    return groups, {name: cells for name, cells in bars.items() if any(cells)}
 
 
-def words_of(table: Table, picture: Picture) -> dict[str, list[str]]:
-    """Of each bar what stands in place of its numbers, such as `out of memory`."""
-    if picture.only is None:
-        return {row[0]: [plain(cell) for cell in row[1:]] for row in table.rows}
-    chosen = [row for row in table.rows if row[1:2] == [picture.only]]
-    return {name: [plain(row[i]) for row in chosen] for i, name in enumerate(table.header[2:], 2)}
+def bars_of(table: Table, picture: Picture) -> tuple[list[str], dict[str, list[float]]]:
+    """Names of groups, and of each bar its heights in them, NaN where a cell is no number."""
+    groups, bars = cells_of(table, picture)
+    return groups, {name: [number(cell, picture.part) for cell in cells] for name, cells in bars.items()}
 
 
 def plain(text: str) -> str:
@@ -128,15 +123,15 @@ def plain(text: str) -> str:
 
 def draw(axes: Any, table: Table, picture: Picture) -> None:
     """Draws a table on axes of matplotlib."""
-    groups, bars = bars_of(table, picture)
-    words = words_of(table, picture)
+    groups, bars = cells_of(table, picture)
     width = 0.85 / len(bars)
-    for i, (name, heights) in enumerate(bars.items()):
+    for i, (name, cells) in enumerate(bars.items()):
+        heights = [number(cell, picture.part) for cell in cells]
         at = [group + (i - (len(bars) - 1) / 2) * width for group in range(len(groups))]
         color, hatch = next((style for start, style in STYLES.items() if name.startswith(start)), ("#FFFFFF", "++"))
         style = {"color": color, "hatch": hatch, "edgecolor": "black", "linewidth": 0.5}
         drawn = axes.bar(at, [0 if math.isnan(x) else x for x in heights], width, label=plain(name), **style)
-        texts = [word if math.isnan(x) else short(x) for x, word in zip(heights, words[name], strict=True)]
+        texts = [plain(cell) if math.isnan(x) else short(x) for x, cell in zip(heights, cells, strict=True)]
         axes.bar_label(drawn, texts, fontsize=7, rotation=90, padding=2)
     axes.set_xticks(range(len(groups)), [plain(group).replace(", ", ",\n") for group in groups], fontsize=8)
     axes.set_ylabel(picture.label)
@@ -151,15 +146,14 @@ def short(x: float) -> str:
     return f"{x / 1000:.1f}k" if x >= 10000 else f"{x:.4g}"
 
 
-def heights_of(table: Table, picture: Picture) -> list[float]:
-    """Of all bars."""
-    return [height for heights in bars_of(table, picture)[1].values() for height in heights]
-
-
 def find(tables: Sequence[Table], picture: Picture) -> Table | None:
     """The table of a picture, if it is among these."""
-    fit = (table for table in tables if table.header[0] == picture.first)
-    return next((table for table in fit if any(not math.isnan(x) for x in heights_of(table, picture))), None)
+    for table in tables:
+        if table.header[0] == picture.first:
+            _, bars = bars_of(table, picture)
+            if not all(math.isnan(x) for heights in bars.values() for x in heights):
+                return table
+    return None
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -83,9 +83,8 @@ def in_this_process(monkeypatch):
 def test_an_example_runs_in_a_checkout(line, in_this_process, tmp_path, monkeypatch):
     text, module, argv = parts(line)
     if "serve" in argv:
-        assert line in (ROOT / "notebooks" / "generation.md").read_text(
-            encoding="utf-8"
-        )  # whose command test_serve.py runs
+        page = ROOT / "notebooks" / "generation.md"  # whose command test_serve.py runs
+        assert line in page.read_text(encoding="utf-8")
         return
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     monkeypatch.chdir(tmp_path)

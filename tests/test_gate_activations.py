@@ -30,10 +30,6 @@ def assert_same(actual, expected, bound=1e-10):
             torch.testing.assert_close(x, y, rtol=bound, atol=bound, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def of_rows(gates, rows):
-    return [GateActivations(*(x[rows] for x in layer)) for layer in gates]
-
-
 def of_tokens(gates, tokens):
     return [GateActivations(*(x[:, tokens] for x in layer)) for layer in gates]
 
