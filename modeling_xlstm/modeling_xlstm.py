@@ -16,16 +16,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GenericForTokenClassification, GradientCheckpointingLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
 )
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import ModelOutput, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .backends import HAS_TRITON, resolve
@@ -126,17 +127,30 @@ INITIALISE_THEMSELVES = (
 
 
 @dataclass
-class XLSTMModelOutput(BaseModelOutputWithPast):
-    """What [`XLSTMModel`] returns."""
+class WithGates(ModelOutput):
+    """What every model returns last."""
 
     gates: tuple[GateActivations, ...] | None = None  # of each block, with output_gates=True
 
 
 @dataclass
-class XLSTMCausalLMOutput(CausalLMOutputWithPast):
+class XLSTMModelOutput(WithGates, BaseModelOutputWithPast):
+    """What [`XLSTMModel`] returns."""
+
+
+@dataclass
+class XLSTMCausalLMOutput(WithGates, CausalLMOutputWithPast):
     """What [`XLSTMForCausalLM`] returns."""
 
-    gates: tuple[GateActivations, ...] | None = None  # of each block, with output_gates=True
+
+@dataclass
+class XLSTMSequenceClassifierOutput(WithGates, SequenceClassifierOutputWithPast):
+    """What [`XLSTMForSequenceClassification`] returns."""
+
+
+@dataclass
+class XLSTMTokenClassifierOutput(WithGates, TokenClassifierOutput):
+    """What [`XLSTMForTokenClassification`] returns."""
 
 
 class XLSTMPreTrainedModel(PreTrainedModel):
@@ -605,7 +619,7 @@ class XLSTMForSequenceClassification(XLSTMPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         **kwargs: Any,
-    ) -> SequenceClassifierOutputWithPast:
+    ) -> XLSTMSequenceClassifierOutput:
         r"""
         Args:
             attention_mask: As in [`XLSTMModel`]. Without it, a sequence ends where only `config.pad_token_id` follows.
@@ -613,7 +627,7 @@ class XLSTMForSequenceClassification(XLSTMPreTrainedModel):
             Others: As in [`XLSTMModel`]. Of packed sequences, each has its logits and label.
 
         Returns:
-            `loss`, `logits` `[B, num_labels]`, `past_key_values`, `hidden_states`.
+            `loss`, `logits` `[B, num_labels]`, `past_key_values`, `hidden_states` and `gates`.
 
         Raises:
             As [`XLSTMModel`]; and ValueError if nothing tells where the sequences of a batch end.
@@ -638,11 +652,12 @@ class XLSTMForSequenceClassification(XLSTMPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
-        return SequenceClassifierOutputWithPast(
+        return XLSTMSequenceClassifierOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            gates=outputs.gates,
         )
 
     def _last_tokens(self, B: int, input_ids: Tensor | None, real: Tensor | None) -> Tensor | int:
@@ -661,19 +676,57 @@ class XLSTMForSequenceClassification(XLSTMPreTrainedModel):
         return (real * torch.arange(1, real.shape[1] + 1, device=real.device)).argmax(1)
 
 
-class XLSTMForTokenClassification(GenericForTokenClassification, XLSTMPreTrainedModel):
+class XLSTMForTokenClassification(XLSTMPreTrainedModel):
     """A label for each token."""
 
     accepts_loss_kwargs = False  # its loss is a mean, which `Trainer` divides where a batch is accumulated
 
     def __init__(self, config: XLSTMConfig):
-        # that of Transformers asks AutoModel for the stack, which does not know classes loaded from a checkpoint's code
-        XLSTMPreTrainedModel.__init__(self, config)
+        super().__init__(config)
         self.num_labels = config.num_labels
         self.model = XLSTMModel(config)
-        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", None) or 0.1)
+        dropout = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: XLSTMCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> XLSTMTokenClassifierOutput:
+        r"""
+        Args:
+            labels: A class `[B, T]` for each token; -100 is ignored.
+            Others: As in [`XLSTMModel`].
+
+        Returns:
+            `loss`, `logits` `[B, T, num_labels]`, `hidden_states` and `gates`.
+
+        Raises:
+            As [`XLSTMModel`].
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            _check_label_shape("labels", labels, logits)
+            loss = self.loss_function(logits, labels, self.config)
+        hidden_states, gates = outputs.hidden_states, outputs.gates
+        return XLSTMTokenClassifierOutput(loss=loss, logits=logits, hidden_states=hidden_states, gates=gates)
 
 
 def weight_shapes(config: XLSTMConfig) -> dict[str, torch.Size]:

@@ -4,6 +4,7 @@ Each runs in this folder, with the interpreter that runs this. A notebook in whi
 """
 
 import argparse
+import hashlib
 import os
 import sys
 import tempfile
@@ -17,7 +18,7 @@ import nbformat
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError
 from tqdm import tqdm
 
 
@@ -29,7 +30,7 @@ class ThisInterpreter(AsyncKernelManager):
     """Without directories to look in, the kernel named python3 is the interpreter that asks."""
 
     def __init__(self, **kwargs: Any):
-        super().__init__(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]), **kwargs)
+        super().__init__(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]), transport_encryption="auto", **kwargs)
 
 
 @contextmanager
@@ -37,27 +38,37 @@ def _settings() -> Iterator[None]:
     """Nothing of the user's is read or written, and no network is used."""
     with tempfile.TemporaryDirectory() as folder:
         settings = {name: str(Path(folder) / name) for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR")}
-        settings["PYTHONPATH"] = os.pathsep.join((str(FOLDER.parent), os.environ.get("PYTHONPATH", "")))
+        settings["PYTHONPATH"] = os.pathsep.join(filter(None, (str(FOLDER.parent), os.environ.get("PYTHONPATH"))))
         settings |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
         settings["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")  # models this small gain nothing from more
         with mock.patch.dict(os.environ, settings):
             yield
 
 
+def digest(notebook: nbformat.NotebookNode) -> str:
+    """Of the code, by which outputs can be told from those of other code."""
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    return hashlib.sha256("\n\n".join(code).encode()).hexdigest()
+
+
 def execute(path: Path) -> nbformat.NotebookNode:
-    """The notebook at `path` with the outputs of a run. Raises CellExecutionError where a cell fails."""
+    """The notebook at `path` with the outputs of a run. Raises CellExecutionError where a cell fails, CellTimeoutError
+    where one takes too long, ValueError or ValidationError where the file is no notebook.
+    """
     notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
     with _settings():
         NotebookClient(
             notebook,
             timeout=SECONDS,
-            startup_timeout=SECONDS,
+            startup_timeout=60,
             record_timing=False,
             coalesce_streams=True,
             kernel_manager_class=ThisInterpreter,
             resources={"metadata": {"path": str(FOLDER)}},
         ).execute()
     notebook.metadata["language_info"] = {"name": "python"}  # not of which version
+    notebook.metadata["executed"] = digest(notebook)
     for cell in notebook.cells:
         if cell.cell_type == "code":  # warnings are of whatever else is installed
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
@@ -76,6 +87,12 @@ def main() -> None:
             notebook = execute(FOLDER / name)
         except CellExecutionError as error:
             sys.exit(f"{name} is left as it was, as a cell fails:\n{error}")
+        except CellTimeoutError:
+            sys.exit(f"{name} is left as it was, as a cell takes more than {SECONDS} s.")
+        except (ValueError, nbformat.ValidationError) as error:
+            sys.exit(f"{name} must be a notebook: {str(error).splitlines()[0][:200]}")
+        except KeyboardInterrupt:
+            sys.exit(130)
         nbformat.write(notebook, FOLDER / name)
 
 

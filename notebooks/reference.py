@@ -1,5 +1,6 @@
 """Writes `configuration.md`, the reference of `XLSTMConfig`, from its docstring: `python -m notebooks.reference`."""
 
+import argparse
 import dataclasses
 import inspect
 import re
@@ -90,4 +91,5 @@ def page() -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     PAGE.write_text(page(), encoding="utf-8")

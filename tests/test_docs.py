@@ -17,11 +17,15 @@ import subprocess
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from hub import Hub
+from models import tiny_model
 from transformers import xLSTMConfig
 
+from benchmarks.pictures import HARDWARE, read_tables
 from convert.__main__ import build_parser as build_convert_parser
 from convert.__main__ import main as convert_main
 from modeling_xlstm import XLSTMConfig, count_parameters
@@ -40,6 +44,7 @@ KNOWN_SITES = tuple(
     f"https://{site}/" for site in ("arxiv.org/abs", "github.com/NX-AI", "keepachangelog.com", "semver.org")
 )
 README, TROUBLES = PAGES["README.md"], PAGES["notebooks/troubleshooting.md"]
+MEASURED = PAGES["notebooks/benchmarks.md"]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$(?:\n\n```text\n(.*?)\n```$)?", re.MULTILINE | re.DOTALL)
 HAS_PEERS = all(importlib.util.find_spec(name) for name in ("xlstm", "mlstm_kernels"))
 OF_PEERS = re.compile(r"\btheirs\b|\bmlstm_kernels\b")
@@ -61,10 +66,14 @@ def blocks(text: str, language: str) -> list[tuple[str, str]]:
     return [(code, error) for found, code, error in BLOCK.findall(text) if found == language]
 
 
+def section(text: str, heading: str) -> str:
+    """What a page has below a heading."""
+    return text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
 def rows(text: str, heading: str) -> list[list[str]]:
     """The cells of all tables below a heading, without their first rows."""
-    section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    tables = re.findall(r"^\|.*\n\|[-|]+\|\n((?:\|.*(?:\n|\Z))*)", section, re.MULTILINE)
+    tables = re.findall(r"^\|.*\n\|[-|]+\|\n((?:\|.*(?:\n|\Z))*)", section(text, heading), re.MULTILINE)
     lines = "".join(tables).splitlines()
     return [[cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
 
@@ -133,6 +142,35 @@ def test_the_commands_of_a_page_exist(name):
             build_convert_parser().parse_args(argv[2:])
         else:
             pytest.fail(f"no parser for {line}")
+
+
+COMMANDS = sorted(
+    {
+        line
+        for text in PAGES.values()
+        for code, error in blocks(text, "bash")
+        for line in code.splitlines()
+        if line.startswith("python ") and not error and " serve " not in line  # which test_serve.py runs
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    with Hub(tmp_path_factory.mktemp("hub")) as hub:
+        yield hub
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_of_a_page_runs(line, hub, tmp_path):
+    """SOURCE is a small model, and what is pushed goes to a Hub on this machine."""
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
+    tiny_model("post_up", vocab_size=4096).save_pretrained(tmp_path / "SOURCE")
+    environment = {**os.environ, **hub.environment(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *shlex.split(line)[1:]]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -240,13 +278,108 @@ def test_every_row_of_the_comparison_names_a_test_or_a_page():
         assert set(names) <= known, what
 
 
-def test_every_number_of_the_readme_is_in_a_table_of_measurements():
-    """What the README selects is what the page of all measurements has."""
-    measured = {cell for line in PAGES["notebooks/benchmarks.md"].splitlines() if line[:1] == "|" for cell in
-                re.findall(r"\d[\d,.]*\d", line)}  # fmt: skip
-    for heading in ("Speed", "Accuracy"):
-        for _, *cells in rows(README, heading):
-            assert set(re.findall(r"\d[\d,.]*\d", " ".join(cells))) <= measured, cells
+GENERATION = "Generation and long prompts"
+MLSTM = "4 x 8192, 8, 256 and 512 (xLSTM-7B)"
+OF_OPS = {"`mlstm_kernels`": "mlstm_kernels", "flash-linear-attention": "simple_gla: no normaliser, no input gate"}
+OF_TRAINING = {"Transformers' xLSTM": "Transformers xLSTM, native, autocast"}
+OF_PROMPTS = {"Transformers' xLSTM": "Transformers xLSTM, kernels of mlstm_kernels"}
+OF_TEXTS = OF_PROMPTS | {"Llama": "Llama, static cache and `torch.compile`"}
+OF_CPU = {"Transformers' xLSTM": "Transformers xLSTM", "`xlstm`": "xlstm package"}
+# Rows of the README, the section of benchmarks.md that each is from, what that calls its columns, where otherwise, and
+# the cells there: what their rows begin with, and their columns. * is the name of the README's column.
+PLACES: dict[str, tuple] = {
+    "mLSTM, 4 x 8192 tokens, heads of xLSTM-7B, on an H100: ms forward, and with backward": (
+        ("Kernels on a GPU", OF_OPS, f"{MLSTM} | forward | *", f"{MLSTM} | forward + backward | *")
+    ),
+    "training, 400 M parameters, 8 x 2048": ("Steps of training", OF_TRAINING, "* | 8 x 2048"),
+    "training, 400 M parameters, 8 x 2048, `torch.compile`": (
+        ("Steps of training", OF_TRAINING, "* | 8 x 2048, `torch.compile`")
+    ),
+    "greedy text, shape of xLSTM-7B, batch of 1": (GENERATION, OF_TEXTS, "* | batch of 1"),
+    "greedy text, shape of xLSTM-7B, batch of 64": (GENERATION, OF_TEXTS, "* | 64"),
+    "prompt of 1 x 16384, `generate`": (GENERATION, OF_PROMPTS, "* | 1 x 16384, `generate`"),
+    "prefill, ms for 512 tokens, of which Transformers' xLSTM predicts all": (
+        ("On a CPU", OF_CPU, "7B style | prefill | * | value")
+    ),
+    "`generate` in bfloat16, ms a token": ("On a CPU", OF_CPU, "7B style | generate bf16 | * | value"),
+    "training, tokens/s": ("On a CPU", OF_CPU, "7B style | train | * | value"),
+    "training of 4 mLSTM and 2 sLSTM blocks, tokens/s": ("On a CPU", OF_CPU, "4 mLSTM, 2 sLSTM | train | * | value"),
+    "xLSTM[1:0], 16 blocks": ("Bits per byte", {}, "xLSTM[1:0], 16 blocks | *"),
+    "xLSTM[7:1], 16 blocks": ("Bits per byte", {}, "xLSTM[7:1], 16 blocks | *"),
+    "xLSTM-7B's, 8 blocks": ("Bits per byte", {}, "xLSTM-7B's, 8 blocks | *"),
+    "Llama, 8 blocks": ("Bits per byte", {}, "Llama, 8 blocks | *"),
+    "xLSTM[0:1], only sLSTM": ("Regular languages", {}, "xLSTM[0:1], only sLSTM | *"),
+    "xLSTM[1:1]": ("Regular languages", {}, "xLSTM[1:1] | *"),
+    "xLSTM[1:0], only mLSTM": ("Regular languages", {}, "xLSTM[1:0], only mLSTM | *"),
+    "Llama": ("Regular languages", {}, "Llama | *"),
+}
+NUMBERS = [
+    pytest.param(row, column, cell, id=f"{row} | {column}")
+    for table in read_tables(README)
+    for row, *cells in table.rows
+    for column, cell in zip(table.header[1:], cells, strict=True)
+    if re.search(r"\b(?!2024 )\d", cell)  # but for the paper's year
+]
+
+
+def measured(heading: str, place: str) -> str:
+    """The only cell in a section of benchmarks.md that has a place."""
+    *start, column = place.split(" | ")
+    (cell,) = [
+        row[table.header.index(column)]
+        for table in read_tables(section(MEASURED, heading))
+        for row in table.rows
+        if column in table.header and row[: len(start)] == start
+    ]
+    return cell
+
+
+@pytest.mark.parametrize(("row", "column", "cell"), NUMBERS)
+def test_numbers_of_the_readme_are_what_was_measured(row, column, cell):
+    """The README may leave out the end of a cell, from a comma on."""
+    assert row in PLACES, "has no place in benchmarks.md"
+    heading, names, *places = PLACES[row]
+    there = ", ".join(measured(heading, place.replace("*", names.get(column, column))) for place in places)
+    assert f"{there}, ".startswith(f"{cell}, ")
+
+
+def test_every_place_is_that_of_a_row_of_the_readme():
+    assert PLACES.keys() == {number.values[0] for number in NUMBERS}
+
+
+def conditions(text: str) -> set[str]:
+    """Devices, versions and commands that a text names."""
+    named = rf"{HARDWARE.pattern}|[\w-]+ \d+\.\d+\.\d+[\w+]*|`python -m [^`]+`"
+    return set(re.findall(named, " ".join(text.split())))
+
+
+@pytest.mark.parametrize("heading", ["Speed", "Accuracy"])
+def test_a_table_of_the_readme_has_the_conditions_of_its_measurements(heading):
+    tables = [pair for pair in pairwise(section(README, heading).split("\n\n")) if pair[1].startswith("|")]
+    assert len(tables) == 2
+    for above, table in tables:
+        sections = {PLACES[row][0] for row, *_ in read_tables(table)[0].rows}
+        assert conditions(above) == set.union(*(conditions(section(MEASURED, name)) for name in sections))
+
+
+@pytest.mark.parametrize(
+    ("words", "heading", "page", "there"),
+    [
+        ("mlstm_kernels 2.0.6", "What works", "benchmarks", "Kernels on a GPU"),
+        ("flash-linear-attention 0.6.0", "What works", "benchmarks", "Kernels on a GPU"),
+        ("400 M parameters", "Speed", "benchmarks", "Steps of training"),
+        ("two cores of an AMD EPYC with AVX512-BF16", "Speed", "benchmarks", "On a CPU"),
+        ("28 M parameters", "Accuracy", "benchmarks", "Bits per byte"),
+        ("1000 steps of 64 x 512 tokens", "Accuracy", "benchmarks", "Bits per byte"),
+        ("means of three seeds, least and most", "Accuracy", "benchmarks", "Bits per byte"),
+        ("same GPU and versions; chance is 50, 20", "Accuracy", "benchmarks", "Regular languages"),
+        ("13.7 GB in bfloat16", "xLSTM-7B", "checkpoints", "Load, save and convert"),
+        ("117,894", "Speed", "benchmarks", "Steps of training"),
+    ],
+)
+def test_sentences_of_the_readme_have_the_figures_of_the_pages(words, heading, page, there):
+    for text in (section(README, heading), section(PAGES[f"notebooks/{page}.md"], there)):
+        assert words in " ".join(text.split())
 
 
 def test_the_page_of_the_configuration_is_what_is_generated():

@@ -6,7 +6,14 @@ import torch.nn.functional as F
 from models import KINDS, TWO_KINDS, random_ids, tiny_model
 from peft import LoraConfig, get_peft_model
 
-from modeling_xlstm import GateActivations, MLSTMLayer, SLSTMLayer, XLSTMModel
+from modeling_xlstm import (
+    GateActivations,
+    MLSTMLayer,
+    SLSTMLayer,
+    XLSTMForSequenceClassification,
+    XLSTMForTokenClassification,
+    XLSTMModel,
+)
 
 
 FIELDS = GateActivations._fields
@@ -196,6 +203,16 @@ def test_a_stack_by_itself_and_a_pass_with_hidden_states_give_them_too():
     assert len(output.hidden_states) == len(output.gates) + 1
     assert isinstance(model.model, XLSTMModel)
     assert_same(gates_of(model.model, ids), output.gates)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cls", [XLSTMForSequenceClassification, XLSTMForTokenClassification])
+def test_classifiers_give_those_of_their_stack_last(cls):
+    model, ids = tiny_model("pre_up_slstm", cls=cls), random_ids(2, 6)
+    options = {"attention_mask": torch.ones_like(ids), "output_gates": True}
+    assert_same(model(ids, **options).gates, gates_of(model.model, ids))
+    assert_same(model(ids, **options, return_dict=False)[-1], gates_of(model.model, ids))
+    assert "gates" not in model(ids, attention_mask=torch.ones_like(ids))
 
 
 @pytest.mark.parametrize("kind", KINDS)

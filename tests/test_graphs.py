@@ -121,6 +121,22 @@ def test_hidden_states_that_were_asked_for_once_do_not_end_replay():
     assert [len(step) for step in output.hidden_states] == 5 * [model.config.num_hidden_layers + 1]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_goes_on_with_a_look_at_its_gates(kind):
+    model, ids = model_of(kind), ids_of(2, 7)
+    expected = eager(model, ids, 6)
+    output = write(model, ids, 5, return_dict_in_generate=True)
+    read = output.past_key_values.get_seq_length()
+    seen = model(output.sequences[:, read:], past_key_values=output.past_key_values, output_gates=True)
+    assert torch.equal(seen.logits[:, -1].argmax(-1), expected[:, -1])
+    whole = model(output.sequences, output_gates=True).gates
+    for layer, layer_whole in zip(seen.gates, whole, strict=True):
+        for gate, gate_whole in zip(layer, layer_whole, strict=True):
+            torch.testing.assert_close(gate, gate_whole[:, read:], atol=1e-4, rtol=1e-4)
+    assert torch.equal(write(model, ids, 6), expected)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_of_mixed_lengths_writes_what_its_texts_do(kind):
     model, lengths = model_of(kind), (1, 5, 19)

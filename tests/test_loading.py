@@ -261,6 +261,8 @@ def test_token_classes_are_a_projection_of_hidden_states(kind, tmp_path):
     assert_near(model(ids).logits, expected)
     model.save_pretrained(tmp_path)
     assert torch.equal(AutoModelForTokenClassification.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+    with pytest.raises(ValueError, match=r"^labels must have shape \(2, 11\) like the logits, got \(11, 2\).$"):
+        model(ids, labels=ids.T)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -101,6 +101,38 @@ def test_padded_prefill_and_steps_are_those_of_pytorch(kind):
     torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_gates_are_those_of_pytorch_and_looking_changes_nothing(kind):
+    tokens, mask = ids(2, 9), torch.ones(2, 9, dtype=torch.long, device=DEVICE)
+    mask[1, :3] = 0
+    expected, seen = (model(tokens, attention_mask=mask, output_gates=True) for model in pair(kind))
+    for layer, layer_triton in zip(expected.gates, seen.gates, strict=True):
+        for gate, gate_triton in zip(layer, layer_triton, strict=True):
+            torch.testing.assert_close(gate_triton, gate, atol=1e-4, rtol=1e-4)
+    _, model = pair(kind)
+    assert torch.equal(seen.logits, model(tokens, attention_mask=mask).logits)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_looking_at_the_gates_of_a_step_in_half_precision_changes_no_more_than_rounding(kind):
+    """Without a look, a kernel for a whole step may be taken."""
+    _, model = pair(kind, torch.bfloat16)
+    tokens, exact = ids(2, 9), tiny_model(kind, backend="torch").to(DEVICE, torch.bfloat16).double()
+    outputs = []
+    for options in ({}, {"output_gates": True}):
+        cache = model(tokens[:, :8]).past_key_values
+        outputs.append(model(tokens[:, 8:], past_key_values=cache, **options))
+    expected = exact(tokens, output_gates=True)
+    error, error_seen = ((output.logits - expected.logits[:, 8:]).norm() for output in outputs)
+    assert error_seen <= 1.5 * error + 1e-3 * expected.logits[:, 8:].norm()
+    for layer, gates in zip(outputs[1].gates, expected.gates, strict=True):
+        assert all(x.dtype == torch.float32 for x in layer)
+        assert (layer.forget - gates.forget[:, 8:]).abs().max() < 0.05
+
+
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores", "ignore:The CUDA Graph is empty")  # of the compiler
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_generates_what_pytorch_generates(kind):

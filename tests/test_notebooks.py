@@ -5,7 +5,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from notebooks.execute import FOLDER, execute
+from notebooks import execute as command
+from notebooks.execute import FOLDER, digest, execute
 
 
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -47,6 +48,12 @@ def printed_by(notebook: nbformat.NotebookNode) -> list[str]:
     return "".join(stream.text for stream in streams).splitlines()
 
 
+def kinds_of_outputs(notebook: nbformat.NotebookNode) -> list[list[list[str]]]:
+    """Of every cell: what its outputs are."""
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return [[[output.output_type, *sorted(output.get("data", []))] for output in cell.outputs] for cell in code]
+
+
 def assert_as_claimed(name: str, notebook: nbformat.NotebookNode) -> None:
     printed = printed_by(notebook)
     for line in PRINTED[name]:
@@ -63,10 +70,38 @@ def test_a_notebook_is_kept_with_the_outputs_of_one_run(path: Path):
     notebook = nbformat.read(path, as_version=4)
     counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
     assert counts == list(range(1, len(counts) + 1)), "run `python notebooks/execute.py`"
+    assert notebook.metadata["executed"] == digest(notebook), "run `python notebooks/execute.py`"
     assert str(Path.home()) not in path.read_text(encoding="utf-8")
     assert_as_claimed(path.name, notebook)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_a_notebook_runs_and_prints_what_it_claims(path: Path):
-    assert_as_claimed(path.name, execute(path))
+    notebook = execute(path)
+    assert_as_claimed(path.name, notebook)
+    assert kinds_of_outputs(notebook) == kinds_of_outputs(nbformat.read(path, as_version=4))
+
+
+def a_notebook(code: str) -> str:
+    return nbformat.writes(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)]))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (a_notebook("1 / 0"), "x.ipynb is left as it was, as a cell fails:"),
+        (a_notebook("import time\ntime.sleep(60)"), "x.ipynb is left as it was, as a cell takes more than 1 s."),
+        ("{", "x.ipynb must be a notebook: Notebook does not appear to be JSON: '{'"),
+    ],
+    ids=["fails", "too_long", "no_notebook"],
+)
+def test_a_notebook_that_does_not_run_is_left_as_it_was(content, message, tmp_path, monkeypatch):
+    path = tmp_path / "x.ipynb"
+    path.write_text(content, encoding="utf-8")
+    monkeypatch.setattr(command, "FOLDER", tmp_path)
+    monkeypatch.setattr(command, "SECONDS", 1)
+    monkeypatch.setattr("sys.argv", ["execute.py", "x.ipynb"])
+    with pytest.raises(SystemExit) as end:
+        command.main()
+    assert str(end.value).startswith(message)
+    assert path.read_text(encoding="utf-8") == content

@@ -351,9 +351,7 @@ def test_a_classifier_has_the_loss_of_a_batch_that_is_accumulated(cls, tmp_path)
     data = [{"input_ids": x, "labels": y} for x, y in zip(ids, labels, strict=True)]
     logs = []
     for size, steps in ((8, 1), (2, 4)):
-        model = tiny_model("post_up", cls=cls, num_labels=3)
-        if cls is XLSTMForTokenClassification:
-            model.dropout.p = 0.0
+        model = tiny_model("post_up", cls=cls, num_labels=3, classifier_dropout=0.0)
         args = TrainingArguments(
             str(tmp_path), per_device_train_batch_size=size, gradient_accumulation_steps=steps, max_steps=1,
             logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", learning_rate=0.0,
