@@ -37,7 +37,7 @@ def integer(least: int) -> Callable[[str], int]:
 def new_file(text: str) -> Path:
     """An argparse type: a file that can be written."""
     path = Path(text)
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"must be a file that can be written in a directory that exists, got {text}")
     return path
 
@@ -53,7 +53,7 @@ def check_data(parser: argparse.ArgumentParser, data: Path | None, *names: str) 
 def show(line: str) -> None:
     """Prints a line at once, above the progress bar if there is one."""
     tqdm.write(line)
-    sys.stdout.flush()
+    print(end="", flush=True)
 
 
 def die_of_interrupts() -> None:
@@ -62,8 +62,11 @@ def die_of_interrupts() -> None:
 
 
 def run(main: Callable[[], object]) -> None:
-    """Runs a program that Ctrl-C ends without a stack trace."""
+    """Runs a program that Ctrl-C, or a reader that stops early, ends without a stack trace."""
     try:
         main()
+        print(end="", flush=True)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # what is still buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

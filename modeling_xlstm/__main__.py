@@ -1,10 +1,12 @@
 """`python -m modeling_xlstm`: stream a continuation of a prompt, print the card of a checkpoint, or serve a model."""
 
 import argparse
+import inspect
 import itertools
 import json
 import math
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -38,9 +40,16 @@ EXAMPLES = """examples:
   python -m modeling_xlstm info checkpoints/xlstm-demo
   python -m modeling_xlstm serve checkpoints/xlstm-demo --dtype float32 --port 8000
 """
-# names of the safetensors format: names of PyTorch
 LARGE = 1e9  # bytes of weights, from which on loading takes long enough for a progress bar
+# names of the safetensors format: names of PyTorch
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+# What other libraries raise where a file is damaged, or says what they did not expect or do not have.
+DAMAGE: tuple[type[Exception], ...] = (
+    OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, ImportError,
+    SafetensorError, StrictDataclassError,
+)  # fmt: skip
+# What generating raises where memory, numbers or a generation_config.json do not allow it.
+NO_GENERATION: tuple[type[Exception], ...] = (RuntimeError, FloatingPointError, ValueError, TypeError, AssertionError)
 
 
 class CommandError(Exception):
@@ -83,11 +92,11 @@ def number(kind: type, legal: str, accept: Callable[[Any], bool]) -> Callable[[s
 
 def read_config(directory: str) -> XLSTMConfig:
     """The configuration in `directory`. Raises CommandError unless it is that of an xLSTM."""
-    if not Path(directory).is_dir():
+    if not os.path.isdir(directory):  # False too where a name is too long, at which Path raises
         raise CommandError(f"The model must be a directory, got {directory}, which is not one.")
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+    except DAMAGE as error:
         raise CommandError(f"{directory} must hold the config.json of an xLSTM: {reason(error)}") from error
     if not isinstance(config, XLSTMConfig):
         raise CommandError(f"{directory} must hold an xLSTM, got a model of type {config.model_type!r}.")
@@ -105,12 +114,14 @@ def read_tokenizer(directory: str) -> PreTrainedTokenizerBase | None:
         return None
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, TypeError) as error:
+    except DAMAGE as error:
         raise CommandError(f"The tokenizer in {directory} cannot be read: {reason(error)}") from error
 
 
 def read_prompt(prompt: str) -> str:
     """The prompt, from standard input for `-`, less the newline that ends it there."""
+    if prompt == "-" and sys.stdin is None:
+        raise CommandError("The prompt must come from standard input, which is closed.")
     raw = sys.stdin.buffer.read().removesuffix(b"\n") if prompt == "-" else os.fsencode(prompt)
     try:
         text = raw.decode("utf-8")
@@ -125,6 +136,8 @@ def reason(error: BaseException) -> str:
     """The first line of an error; of one about a config, of its cause."""
     if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
         error = error.__cause__
+    if isinstance(error, KeyError):
+        return f"there is no {error}"
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
@@ -153,10 +166,10 @@ def generate(args: argparse.Namespace) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(args.model, **options)
         model.set_backend(args.backend)
         inputs = inputs.to(device)
-    except (OSError, ValueError, KeyError, RuntimeError, AssertionError, SafetensorError) as error:
+    except DAMAGE as error:
         raise CommandError(f"{args.model} cannot be loaded on {args.device}: {reason(error)}") from error
 
-    options = {"max_new_tokens": args.max_new_tokens, "repetition_penalty": args.repetition_penalty}
+    options = {"max_new_tokens": args.max_new_tokens, "repetition_penalty": args.repetition_penalty, "num_beams": 1}
     if args.greedy:
         options.update(do_sample=False, temperature=None, top_p=None, top_k=None)
     else:
@@ -165,15 +178,15 @@ def generate(args: argparse.Namespace) -> None:
         options["compile_config"] = CompileConfig()
         try:  # of three tokens the last comes from a step that is there
             model.generate(**inputs, **options | {"max_new_tokens": 3})
-        except RuntimeError as error:
+        except NO_GENERATION as error:
             raise CommandError(f"{args.model} cannot be compiled: {reason(error)}") from error
     if args.seed is not None:
         torch.manual_seed(args.seed)
     streamer = TimedStreamer(tokenizer, args.skip_prompt)
     try:
         model.generate(**inputs, streamer=streamer, **options)
-    except (FloatingPointError, torch.OutOfMemoryError) as error:
-        raise CommandError(reason(error)) from error
+    except NO_GENERATION as error:
+        raise CommandError(f"{args.model} cannot continue the prompt: {reason(error)}") from error
     prompt_at, first_at, *_, last_at = (*streamer.times, streamer.times[-1])
     spans = {"prefill": (ids.numel(), first_at - prompt_at), "decode": (len(streamer.times) - 2, last_at - first_at)}
     speeds = (f"{name} {n} tokens in {t:.2f} s ({n / t:.1f}/s)" for name, (n, t) in spans.items() if n)
@@ -195,7 +208,7 @@ def read_headers(directory: str) -> tuple[int, set[str], int, int]:
             count += sum(math.prod(tensor.get_shape()) for tensor in tensors)
             dtypes |= {tensor.get_dtype() for tensor in tensors}
             size += (folder / name).stat().st_size
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except DAMAGE as error:
         raise CommandError(f"The weights in {directory} cannot be read: {reason(error)}") from error
     if not count:
         raise CommandError(f"{directory} must hold the weights of an xLSTM, got files without any.")
@@ -241,6 +254,17 @@ def info(args: argparse.Namespace) -> None:
         print(f"{name:<13} {value}")
 
 
+def check_address(host: str, port: int) -> None:
+    """Raises CommandError unless a server can listen there."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+            probe.bind((host, port))
+    except (OSError, OverflowError, ValueError) as error:
+        raise CommandError(f"The server cannot listen on port {port} of {host}: {reason(error)}") from error
+
+
 def serve(args: argparse.Namespace) -> None:
     """Runs Transformers' own OpenAI-compatible server, with the classes of this package, until it is stopped."""
     if not is_serve_available():
@@ -252,12 +276,23 @@ def serve(args: argparse.Namespace) -> None:
 
     # where it looks for the class that a config.json names
     setattr(transformers, XLSTMForCausalLM.__name__, XLSTMForCausalLM)
+
+    def start(**options: Any) -> None:
+        model, failure = options["force_model"], "The server cannot start"
+        if model is not None and os.path.exists(model):
+            read_config(model)
+        elif model is not None:  # on the Hub, or a mistake
+            failure = f"The server cannot start with {model}, which is no directory here"
+        check_address(options["host"], options["port"])  # before a model is loaded
+        try:
+            Serve(**options)
+        except DAMAGE as error:
+            raise CommandError(f"{failure}: {reason(error)}") from error
+
+    start.__signature__ = inspect.signature(Serve)  # type: ignore[attr-defined]
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command(epilog=f"\b\n{EXAMPLES}")(Serve)  # a paragraph after \b keeps its lines
-    try:
-        app(args.options, prog_name="python -m modeling_xlstm serve")
-    except (OSError, ValueError, KeyError, RuntimeError, AssertionError, ImportError, SafetensorError) as error:
-        raise CommandError(f"The server cannot start: {reason(error)}") from error
+    app.command(help=Serve.__doc__, epilog=f"\b\n{EXAMPLES}")(start)  # a paragraph after \b keeps its lines
+    app(args.options, prog_name="python -m modeling_xlstm serve")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -308,14 +343,17 @@ def main(argv: list[str] | None = None) -> int:
     logging.disable_progress_bar()
     try:
         args.run(args)
-        sys.stdout.flush()
+        print(end="", flush=True)
     except CommandError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader had enough; what is still buffered goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where what is still buffered goes
+        if not isinstance(error, BrokenPipeError):  # of a reader that had enough
+            print(f"error: Reading or writing failed: {error.strerror or error}", file=sys.stderr)
+            return 1
     return 0
 
 

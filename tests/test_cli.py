@@ -226,18 +226,27 @@ def damage_index(text: str):
     return damage
 
 
+def write(name: str, text: str):
+    return lambda folder: (folder / name).write_text(text)
+
+
 DAMAGE = {
     "no directory": (shutil.rmtree, "must be a directory"),
     "no config": (without("config.json"), "config.json"),
-    "config is not JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
-    "config is not a dictionary": (lambda folder: (folder / "config.json").write_text("[]"), "config.json"),
+    "config is not JSON": (write("config.json", "{"), "config.json"),
+    "config is not a dictionary": (write("config.json", "[]"), "config.json"),
+    "config without end": (write("config.json", "[" * 100_000), "config.json"),
     "another model": (lambda folder: GPT2Config().save_pretrained(folder), "got a model of type 'gpt2'"),
     "impossible config": (edit_config(num_heads=7), "num_heads = 7"),
+    "impossible dtype": (edit_config(dtype="float33"), "config.json of an xLSTM: module 'torch' has no"),
     "no weights": (without("model.safetensors"), "model.safetensors"),
     "weights cut off": (lambda folder: os.truncate(folder / "model.safetensors", 9000), "cannot be"),
     "index of shards is not JSON": (damage_index("{"), "cannot be"),
     "index of shards names none": (damage_index("{}"), "cannot be"),
-    "tokenizer is not JSON": (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer"),
+    "index of shards is not a dictionary": (damage_index("[]"), "cannot be"),
+    "tokenizer is not JSON": (write("tokenizer.json", "{"), "tokenizer"),
+    "tokenizer is empty": (write("tokenizer.json", "{}"), "The tokenizer in"),
+    "tokenizer is not a dictionary": (write("tokenizer_config.json", "[]"), "The tokenizer in"),
 }
 
 
@@ -271,6 +280,36 @@ def test_what_cannot_be_generated_is_one_sentence_and_exit_code_1(run, checkpoin
     assert out == ""
     assert sentence in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["", "a" * 5000])
+def test_what_cannot_be_a_directory_is_refused(run, name):
+    assert run("info", name) == (1, "", f"error: The model must be a directory, got {name}, which is not one.\n")
+
+
+@pytest.mark.parametrize("compiled", [(), ("--compile",)])
+@pytest.mark.parametrize("fields", [{"eos_token_id": "x"}, {"cache_implementation": "quantized"}])
+def test_what_a_checkpoint_cannot_generate_with_is_refused(run, checkpoint, tmp_path, fields, compiled):
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation_config.json").write_text(json.dumps(fields))
+    code, _, err = run("generate", "--model", tmp_path, "--prompt", "a", *compiled)
+    assert code == 1
+    sentence = "cannot be compiled" if compiled else "cannot continue the prompt"
+    assert err.startswith(f"error: {tmp_path} {sentence}: ")
+    assert err.count("\n") == 1
+
+
+def test_a_stream_has_one_beam_whatever_the_checkpoint_asks_for(run, generate, checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation_config.json").write_text('{"num_beams": 3}')
+    options = ("--prompt", PROMPT, "--max-new-tokens", 12, "--greedy")
+    assert run("generate", "--model", tmp_path, *options)[:2] == (0, generate("--greedy"))
+
+
+def test_a_prompt_from_a_standard_input_that_is_closed_is_refused(run, checkpoint, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    _, _, err = run("generate", "--model", checkpoint, "--prompt", "-")
+    assert err == "error: The prompt must come from standard input, which is closed.\n"
 
 
 def test_info_on_a_file_without_weights_is_refused(run, checkpoint, tmp_path):
@@ -360,7 +399,8 @@ def test_memory_that_does_not_suffice_is_one_sentence(run, checkpoint, monkeypat
 
     monkeypatch.setattr(XLSTMForCausalLM, "generate", fail)
     code, _, err = run("generate", "--model", checkpoint, "--prompt", PROMPT)
-    assert (code, err) == (1, "error: CUDA out of memory. Tried to allocate 9 GiB.\n")
+    assert code == 1
+    assert err == f"error: {checkpoint} cannot continue the prompt: CUDA out of memory. Tried to allocate 9 GiB.\n"
 
 
 def program(*argv: object, **options) -> subprocess.Popen:
@@ -399,6 +439,20 @@ def test_a_reader_that_stops_early_is_no_error(checkpoint):
         child.stdout.close()
         assert "Traceback" not in child.stderr.read()
     assert child.returncode == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+def test_a_full_disk_is_one_sentence(checkpoint):
+    with open("/dev/full", "w") as full, program("info", checkpoint, stdout=full) as child:
+        _, err = child.communicate()
+    assert child.returncode == 1
+    assert err.endswith("error: Reading or writing failed: No space left on device\n")
+    assert "Traceback" not in err
+
+
+def test_nothing_is_printed_where_standard_output_is_closed(run, checkpoint, monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    assert run("info", checkpoint) == (0, "", "")
 
 
 def test_info_on_the_shipped_checkpoint(run):

@@ -1,5 +1,6 @@
 """The examples in the help of the command lines: they run in a checkout, without a network and without a GPU."""
 
+import argparse
 import contextlib
 import io
 import re
@@ -14,6 +15,7 @@ import pytest
 
 from benchmarks import generation, ops, quality, training
 from benchmarks.__main__ import BENCHMARKS
+from benchmarks.command import new_file
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -97,3 +99,22 @@ def test_an_example_runs_in_a_checkout(line, in_this_process, tmp_path, monkeypa
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
         printed = call(module, *argv)
     assert printed
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_reader_that_stops_early_is_no_error(lines):
+    """With lines that are still buffered when it has gone, and with more."""
+    program = f"from benchmarks.command import run, show\nrun(lambda: [show('line') for _ in range({lines})])"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        child.stdout.close()
+        assert child.stderr.read() == ""
+    assert child.returncode == 0
+
+
+def test_a_benchmark_writes_to_no_file_below_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    assert new_file(str(tmp_path / "new")) == tmp_path / "new"
+    with pytest.raises(argparse.ArgumentTypeError, match="in a directory that exists, got "):
+        new_file(str(tmp_path / "file" / "new"))

@@ -210,7 +210,7 @@ def serve(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
     def call(*options: object) -> tuple[Any, list[Any], str, str]:
         code: Any
         try:
-            code = modeling_xlstm.__main__.main(["serve", *map(str, options)])
+            code = modeling_xlstm.__main__.main(["serve", "--port", "0", *map(str, options)])
         except SystemExit as stop:
             code = stop.code
         return code, loaded(), *capsys.readouterr()
@@ -240,8 +240,14 @@ def test_options_are_those_of_transformers(serve):
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        (("no/such/folder",), "error: The server cannot start: "),
+        (("no/such/folder",), "error: The server cannot start with no/such/folder, which is no directory here: "),
+        ((ROOT / "README.md",), f"error: The model must be a directory, got {ROOT / 'README.md'}, which is not one."),
+        ((ROOT / "tests",), f"error: {ROOT / 'tests'} must hold the config.json of an xLSTM: "),
         ((DEMO, "--dtype", "float33"), "error: The server cannot start: Unsupported dtype: 'float33'"),
+        ((DEMO, "--log-level", "loud"), "error: The server cannot start: there is no 'loud'"),
+        ((DEMO, "--port", "99999999"), "error: The server cannot listen on port 99999999 of localhost: bind(): port "),
+        ((DEMO, "--port", "9" * 30), f"error: The server cannot listen on port {'9' * 30} of localhost: "),
+        ((DEMO, "--host", "ä" * 99), f"error: The server cannot listen on port 0 of {'ä' * 99}: "),
         ((DEMO, "--continuous-batching"), "error: Continuous batching pages the keys and values of attention"),
     ],
 )
@@ -252,6 +258,21 @@ def test_a_server_that_cannot_start_says_why_in_one_sentence(serve, options, sen
     assert out == ""
     assert err.splitlines()[-1].startswith(sentence)
     assert "Traceback" not in err
+
+
+def test_a_port_in_use_is_refused_before_a_model_is_loaded(serve):
+    with socket.create_server(("localhost", 0)) as used:
+        port = used.getsockname()[1]
+        code, models, _, err = serve(DEMO, "--port", port)
+    assert code == 1
+    assert not models
+    assert err.startswith(f"error: The server cannot listen on port {port} of localhost: ")
+    assert "in use" in err
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "localhost"])
+def test_models_may_be_left_to_the_requests(serve, host):
+    assert serve("--host", host) == (0, [], "", "")
 
 
 def test_without_its_packages_the_server_says_how_to_install_them(serve, monkeypatch):

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,7 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 
-CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
+ROOT = Path(__file__).parents[1]
+CHECKPOINTS = ROOT / "checkpoints"
 TOY = ["--width", "32", "--blocks", "2", "--heads", "1", "--batch-size", "4", "--window", "16", "--dropout", "0"]
 STACK = ["--stack", "1:1"]
 
@@ -23,6 +25,7 @@ STACK = ["--stack", "1:1"]
 @pytest.fixture
 def train(monkeypatch, tmp_path):
     """The script as a function of its options; its data repeat a sentence."""
+    monkeypatch.syspath_prepend(CHECKPOINTS)  # as where it is run
     specification = importlib.util.spec_from_file_location("train", CHECKPOINTS / "train.py")
     script = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(script)
@@ -95,10 +98,13 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(saves, train, monk
         (["--slstm", "2", "--steps", "1"], "--slstm must be numbers of blocks, from 0 to 1, got 2"),
         (["--stack", "7:1", "--steps", "1"], "num_hidden_layers must be a multiple of 8 for the ratio 7:1, got 2"),
         (["--steps", "1", *STACK, "--resume"], "--resume needs a run to go on with"),
-        (["--steps", "0", *STACK], "must be a positive integer, got 0"),
+        (["--steps", "0", *STACK], "must be an integer from 1 to 2**31 - 1, got 0"),
+        (["--steps", "9" * 12, *STACK], "must be an integer from 1 to 2**31 - 1, got 999999999999"),
+        (["--max-minutes", "1e308", *STACK], "must be above 0 and at most 1e6, got 1e308"),
+        (["--steps", "1", *STACK, "--heads", "3"], "must be a multiple of num_heads = 3, got 64."),
         (["--steps", "1", *STACK, "--dropout", "1"], "must be at least 0 and below 1, got 1"),
         (["--steps", "1", *STACK, "--window", "9999"], "--window must be at most half of the "),
-        (["--steps", "1", *STACK, "--data", "nowhere"], "but nowhere holds no data.json."),
+        (["--steps", "1", *STACK, "--data", "nowhere"], "but nowhere holds no train.npy."),
         (["--steps", "1", *STACK, "--out", "data/data.json"], "--out must be a directory that can be made, got data/"),
     ],
 )
@@ -108,11 +114,58 @@ def test_what_cannot_be_trained_is_refused_in_a_sentence(train, options, sentenc
     assert sentence in f"{stopped.value.code} {capsys.readouterr().err}"
 
 
+@pytest.mark.parametrize("content", ["{", "{}", ""])
 @pytest.mark.parametrize("name", ["data.json", "train.npy", "held_out.npy", "tokenizer.json"])
-def test_damaged_data_are_refused_in_a_sentence(train, name):
-    Path("data", name).write_text("{")
+def test_damaged_data_are_refused_in_a_sentence(train, name, content):
+    Path("data", name).write_text(content)
     with pytest.raises(SystemExit, match="^error: The data in data cannot be read: "):
         train(*TOY, *STACK, "--steps", "1")
+
+
+def test_data_of_two_preparations_are_refused(train):
+    np.save("data/held_out.npy", np.zeros(10, dtype=np.uint16))
+    with pytest.raises(SystemExit, match="data.json must count the tokens of the parts, which are .*, got others"):
+        train(*TOY, *STACK, "--steps", "1")
+
+
+def test_a_damaged_plan_is_not_resumed(train):
+    Path("runs/out").mkdir(parents=True)
+    Path("runs/out/plan.json").write_text("{")
+    with pytest.raises(SystemExit, match="^error: runs/out/plan.json cannot be read, start without --resume: "):
+        train(*TOY, *STACK, "--steps", "1", "--resume")
+
+
+def test_a_training_that_fails_ends_with_a_sentence(train, tmp_path):
+    Path("runs/out/plan.json").mkdir(parents=True)  # where a file is to be written
+    command = [sys.executable, CHECKPOINTS / "train.py", "--data", "data", "--out", "out", *TOY, *STACK, "--steps", "1"]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert run.stderr.splitlines()[-1].startswith("error: The training failed: [Errno 21] Is a directory: ")
+
+
+@pytest.fixture
+def prepare_data(monkeypatch):
+    """The script as a module."""
+    monkeypatch.syspath_prepend(CHECKPOINTS)
+    return importlib.import_module("prepare_data")
+
+
+def test_damaged_data_are_not_taken_for_prepared(prepare_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_data, "SOURCES", [])  # nothing to fetch
+    for name in prepare_data.FILES:
+        (tmp_path / name).write_text("{")
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", "--cache", str(tmp_path), "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="^error: .*data.json is damaged .*; delete it and run again.$"):
+        prepare_data.main()
+
+
+def test_help_says_what_is_downloaded(prepare_data, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", "--help"])
+    with pytest.raises(SystemExit):
+        prepare_data.main()
+    out = capsys.readouterr().out
+    assert {"MB", "Debian", "PyPI", "minute."} <= set(out.split())
+    assert all(package in out for source in prepare_data.SOURCES for package in (*source.packages, source.licence))
 
 
 def test_data_that_cannot_be_prepared_are_a_sentence(tmp_path):
