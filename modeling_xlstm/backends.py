@@ -23,6 +23,10 @@ HAS_ONEDNN_PACKING = (
 )
 # Earlier versions start over from the first token when they read a prompt in pieces, whatever a cache has seen.
 READS_ON_IN_PIECES = Version(transformers.__version__) >= Version("5.21")
+# What Transformers calls the state of a text so far, in outputs and within `generate`, and what other versions call it.
+CACHE, OTHER_NAMES = "past_key_values", ("cache", "cache_params")
+if Version(transformers.__version__) >= Version("5.24.dev0"):
+    CACHE, OTHER_NAMES = "cache", ("past_key_values", "cache_params")
 
 
 def resolve(requested: str, tensor: torch.Tensor, op: str = "mLSTM") -> str:

@@ -107,7 +107,7 @@ class XLSTMConfig(PreTrainedConfig):
     ```"""
 
     model_type = "xlstm_lm"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {"final_logit_softcapping": "output_logit_soft_cap"}  # where others, such as TRL, look for it
 
     vocab_size: int = 50304

@@ -13,10 +13,10 @@ from transformers.generation import GenerationMixin, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils import logging
 
-from .backends import READS_ON_IN_PIECES
+from .backends import CACHE, OTHER_NAMES, READS_ON_IN_PIECES
 from .cache_xlstm import XLSTMCache
 from .graphs_xlstm import ACTIVE, graphs_of, quiet
-from .inputs_xlstm import check_cache, padding_mask
+from .inputs_xlstm import check_cache, only_cache, padding_mask
 from .linear_packed import pack, packing
 
 
@@ -27,7 +27,7 @@ NO_CONTINUOUS_BATCHING = (
 )
 
 
-DECODING = ("past_key_values", "use_cache", "output_hidden_states")  # what a step of `generate` is told besides a token
+DECODING = (CACHE, "use_cache", "output_hidden_states")  # what a step of `generate` is told besides a token
 
 
 class Endings(StoppingCriteriaList):
@@ -75,16 +75,12 @@ class XLSTMGenerationMixin(GenerationMixin):
                 "The state of an xLSTM has a constant size: cache_implementation must be None, 'dynamic' or 'static' "
                 f"(all the same), got {generation_config.cache_implementation!r}."
             )
-        if (alias := model_kwargs.pop("cache_params", None)) is not None:
-            if model_kwargs.get("past_key_values") is not None:
-                raise ValueError("Only one of past_key_values and its alias cache_params may be given, got both.")
-            model_kwargs["past_key_values"] = alias
         mask, embeds = model_kwargs.get("attention_mask"), model_kwargs.get("inputs_embeds")
         in_pieces = generation_config.prefill_chunk_size is not None
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         if in_pieces and mask is not None and (mask[:, -1] == 0).any():
             raise ValueError("prefill_chunk_size needs padding on the left, got an attention_mask that ends with 0.")
-        if (cache := model_kwargs.get("past_key_values")) is not None:
+        if (cache := model_kwargs.get(CACHE)) is not None:
             check_cache(cache, self.model, None, self.dtype, self.device)
             seen = cache.get_seq_length()
             if seen and generation_config.use_cache is False:
@@ -122,12 +118,12 @@ class XLSTMGenerationMixin(GenerationMixin):
                 )
             cache._is_user_defined = True
         elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = XLSTMCache(self.config)
+            model_kwargs[CACHE] = XLSTMCache(self.config)
             if generation_config.is_assistant:  # whose drafts are taken back where the main model differs
-                model_kwargs["past_key_values"].activate_past_recording()
+                model_kwargs[CACHE].activate_past_recording()
 
         compiles = generation_config.compile_config is not None  # by itself
-        as_it_is = "past_key_values" not in model_kwargs or generation_config.disable_compile or compiles
+        as_it_is = CACHE not in model_kwargs or generation_config.disable_compile or compiles
         pack(not as_it_is)
         if not as_it_is:
             self._prepare_graphs(rows)
@@ -153,10 +149,12 @@ class XLSTMGenerationMixin(GenerationMixin):
             raise ValueError("output_gates is for a forward pass, of which generate makes many, got True.")
         inputs = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
         given = next((x for x in inputs if isinstance(x, Tensor) and x.dim() > 1), None)
-        caches = (kwargs.get("past_key_values"), kwargs.get("cache_params"))
+        cache = only_cache(**{name: kwargs.pop(name, None) for name in (CACHE, *OTHER_NAMES)})
+        if cache is not None:
+            kwargs[CACHE] = cache
         if given is not None:
-            cache = next((x for x in caches if isinstance(x, XLSTMCache)), None)
-            padding_mask(kwargs.get("attention_mask"), given.shape[0], given.shape[1], cache)
+            seen = cache if isinstance(cache, XLSTMCache) else None
+            padding_mask(kwargs.get("attention_mask"), given.shape[0], given.shape[1], seen)
         with quiet(), packing():
             try:
                 return super().generate(*args, **kwargs)  # type: ignore[misc]
@@ -172,7 +170,7 @@ class XLSTMGenerationMixin(GenerationMixin):
 
     def _assisted_decoding(self, *args: Any, **kwargs: Any):
         """As in Transformers, and nothing is recorded in a cache afterwards, unless it was before."""
-        cache = kwargs["past_key_values"]
+        cache = kwargs[CACHE]
         was_recording = cache.is_recording
         try:
             return super()._assisted_decoding(*args, **kwargs)  # type: ignore[misc]
@@ -210,6 +208,11 @@ class XLSTMGenerationMixin(GenerationMixin):
         if kwargs.get("next_sequence_length") == 1 and not kwargs.get("is_first_iteration"):
             # what was generated is no padding until a row has ended, and this is done for every token
             kept = {name: x for name, x in kwargs.items() if name in DECODING}
+            if kept.get(CACHE) is None:
+                raise RuntimeError(
+                    f"generate must hand on the state as {CACHE}, got none from Transformers "
+                    f"{transformers.__version__}, which this version of modeling_xlstm may not know yet."
+                )
             if endings is not None:
                 kept["attention_mask"] = endings.unended(input_ids)
             return {"input_ids": input_ids[:, -1:].contiguous(), "logits_to_keep": 1, **kept}

@@ -36,6 +36,17 @@ def check_embeds(inputs_embeds: Tensor, weight: Tensor) -> None:
         raise TypeError(f"inputs_embeds must be {weight.dtype} like the weights, got {inputs_embeds.dtype}.")
 
 
+def only_cache(**caches: Any) -> Any:
+    """The one that is given under one of its names, or None."""
+    given = {name: caches[name] for name in sorted(caches) if caches[name] is not None}
+    if len(given) > 1:
+        raise ValueError(
+            "Only one of past_key_values and its other names, cache and cache_params, may be given, got "
+            f"{' and '.join(given)}."
+        )
+    return next(iter(given.values()), None)
+
+
 def check_cache(
     cache: Cache, model: Any, batch_size: int | None, dtype: torch.dtype, device: torch.device
 ) -> None:  # fmt: skip

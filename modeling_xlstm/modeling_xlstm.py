@@ -29,7 +29,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import ModelOutput, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .backends import HAS_TRITON, resolve
+from .backends import CACHE, HAS_TRITON, OTHER_NAMES, resolve
 from .cache_xlstm import LayerState, XLSTMCache
 from .checkpoint_xlstm import from_native
 from .checks import is_finite
@@ -45,6 +45,7 @@ from .inputs_xlstm import (
     check_embeds,
     check_ids,
     check_some_token,
+    only_cache,
     packed_bounds,
     padding_mask,
 )
@@ -128,9 +129,18 @@ INITIALISE_THEMSELVES = (
 
 @dataclass
 class WithGates(ModelOutput):
-    """What every model returns last."""
+    """What every model returns last. The state of a text can be had by all of its names."""
 
     gates: tuple[GateActivations, ...] | None = None  # of each block, with output_gates=True
+
+
+for name in OTHER_NAMES:
+    setattr(WithGates, name, property(lambda self: getattr(self, CACHE)))
+
+
+def named(cache: XLSTMCache | None) -> dict[str, Any]:
+    """The argument of an output that is a cache."""
+    return {CACHE: cache}
 
 
 @dataclass
@@ -160,7 +170,7 @@ class XLSTMPreTrainedModel(PreTrainedModel):
     config_class = XLSTMConfig
     base_model_prefix = "model"
     _no_split_modules = ["XLSTMBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache", "cache_params"]
     supports_gradient_checkpointing = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": XLSTMBlock}
@@ -289,6 +299,7 @@ class XLSTMModel(XLSTMPreTrainedModel):
         past_key_values: XLSTMCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: XLSTMCache | None = None,
         cache_params: XLSTMCache | None = None,
         logits_to_keep: int = 0,
         output_gates: bool = False,
@@ -300,8 +311,8 @@ class XLSTMModel(XLSTMPreTrainedModel):
             attention_mask: `[B, T]`, or `[B, past + T]` of which the last T columns are used. Zero marks padding, on
                 any side: it leaves the recurrent state as it was.
             past_key_values: State of the text so far, updated by the call. Created when omitted, if `use_cache` and the
-                model is not in training mode. `cache_params` is an alias. Of a long text that is read in pieces, no
-                more than the last can be taken back.
+                model is not in training mode. `cache` and `cache_params` are other names of it. Of a long text that is
+                read in pieces, no more than the last can be taken back.
             cu_seq_lens_q, seq_idx, position_ids: Boundaries `[N + 1]` of sequences packed into a batch of 1, or numbers
                 `[1, T]` of the sequences that tokens are of, or positions, which start again with each; the state
                 starts anew there.
@@ -317,10 +328,7 @@ class XLSTMModel(XLSTMPreTrainedModel):
         Raises:
             TypeError, ValueError, IndexError: An input does not fit; the message says what, got and expected.
         """
-        if cache_params is not None:
-            if past_key_values is not None:
-                raise ValueError("Only one of past_key_values and its alias cache_params may be given, got both.")
-            past_key_values = cache_params
+        past_key_values = only_cache(past_key_values=past_key_values, cache=cache, cache_params=cache_params)
         weight = self.embed_tokens.weight
         if (input_ids is None) == (inputs_embeds is None):
             got = "neither" if input_ids is None else "both"
@@ -368,7 +376,7 @@ class XLSTMModel(XLSTMPreTrainedModel):
                 cache.is_broken = True  # until all is read
                 cache.records = []  # what it takes to undo it would grow with the text
         return XLSTMModelOutput(
-            last_hidden_state=self.norm(x), past_key_values=cache, gates=tuple(gates) if output_gates else None
+            last_hidden_state=self.norm(x), gates=tuple(gates) if output_gates else None, **named(cache)
         )
 
     def read(
@@ -487,6 +495,7 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, XLSTMGenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: XLSTMCache | None = None,
         cache_params: XLSTMCache | None = None,
         skip_logits: bool = False,
         output_gates: bool = False,
@@ -507,16 +516,16 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, XLSTMGenerationMixin):
         Raises:
             As [`XLSTMModel`]; and FloatingPointError if logits outside training are not finite (on a CPU).
         """
+        cache = only_cache(past_key_values=past_key_values, cache=cache, cache_params=cache_params)
         graphs = None if torch.compiler.is_compiling() else ACTIVE.get()
         if graphs is not None and graphs.model() is self:
-            cache = past_key_values if cache_params is None else cache_params
             others = (labels, inputs_embeds, *(kwargs.get(name) for name in BOUNDARIES))
             wanted = all(x is None for x in others) and not (kwargs.get("output_hidden_states") or output_gates)
             if wanted and graphs.fits(input_ids, cache, logits_to_keep):
                 check_ids(input_ids, self.config.vocab_size)
                 mask = padding_mask(attention_mask, len(input_ids), input_ids.shape[1], cache)
                 logits = graphs(input_ids, mask, cache)[:, -logits_to_keep:]
-                return XLSTMCausalLMOutput(logits=logits, past_key_values=cache)
+                return XLSTMCausalLMOutput(logits=logits, **named(cache))
             graphs.vacate()
         # what is kept of the logits is all that the last block needs to give, unless its output is wanted as well
         cut = isinstance(logits_to_keep, int) and logits_to_keep > 0
@@ -524,10 +533,9 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, XLSTMGenerationMixin):
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            past_key_values=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            cache_params=cache_params,
             logits_to_keep=logits_to_keep if cut and not whole else 0,
             output_gates=output_gates,
             **kwargs,
@@ -547,9 +555,9 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, XLSTMGenerationMixin):
         return XLSTMCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             gates=outputs.gates,
+            **named(outputs.past_key_values),
         )
 
     def logits(self, x: Tensor) -> Tensor:
@@ -655,9 +663,9 @@ class XLSTMForSequenceClassification(XLSTMPreTrainedModel):
         return XLSTMSequenceClassifierOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             gates=outputs.gates,
+            **named(outputs.past_key_values),
         )
 
     def _last_tokens(self, B: int, input_ids: Tensor | None, real: Tensor | None) -> Tensor | int:

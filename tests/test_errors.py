@@ -1,6 +1,6 @@
 """Bad input is refused in a sentence: what, got, expected. Nothing wrong comes out as a number."""
 
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -294,13 +294,12 @@ def test_packed_sequences_do_not_continue_a_cache(boundaries):
         model(ONE, past_key_values=XLSTMCache(model.config), **kwargs)
 
 
-def test_a_cache_is_given_once():
+@pytest.mark.parametrize("names", [*combinations(("past_key_values", "cache", "cache_params"), 2)])
+def test_a_cache_is_given_once(names):
     model = tiny_model()
-    cache = XLSTMCache(model.config)
-    with pytest.raises(
-        ValueError, match="Only one of past_key_values and its alias cache_params may be given, got both"
-    ):
-        model(IDS, past_key_values=cache, cache_params=cache)
+    for call in (model, model.model, model.generate):
+        with pytest.raises(ValueError, match=f"Only one of .* may be given, got {' and '.join(sorted(names))}"):
+            call(IDS, **{name: XLSTMCache(model.config) for name in names})
 
 
 @pytest.mark.parametrize("kind", TWO_KINDS)
@@ -394,12 +393,10 @@ def test_generate_goes_on_only_with_a_mask_over_all_or_over_what_is_given(length
     assert cache.get_seq_length() == 12
 
 
-def test_generate_takes_one_cache_and_uses_it():
+def test_generate_takes_no_cache_that_it_must_not_use():
     model, ids = tiny_model(), random_ids(1, 8)
     with torch.no_grad():
         cache = model(ids[:, :5], use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="Only one of past_key_values and its alias cache_params"):
-        model.generate(ids, past_key_values=cache, cache_params=cache.fork(1), max_new_tokens=2)
     with pytest.raises(ValueError, match="has seen 5 tokens continues a text only with use_cache=True, got False"):
         model.generate(ids, past_key_values=cache, use_cache=False, max_new_tokens=2)
 

@@ -497,6 +497,26 @@ def test_a_prompt_read_once_serves_several_continuations(kind):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["past_key_values", "cache", "cache_params"])
+def test_a_state_has_the_names_that_versions_of_transformers_have_for_it(name):
+    model, ids = tiny_model(), random_ids(2, 9)
+    cache = getattr(model(ids[:, :6]), name)
+    assert cache.get_seq_length() == 6
+    torch.testing.assert_close(model(ids[:, 6:], **{name: cache.fork(1)}).logits, model(ids).logits[:, 6:])
+    expected = model.generate(ids, max_new_tokens=5, do_sample=False)
+    output = model.generate(ids, **{name: cache}, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+    assert torch.equal(output.sequences, expected)
+    assert cache.get_seq_length() == 13
+
+
+def test_a_step_without_a_state_is_refused():
+    """As a version of Transformers that calls it otherwise would make it."""
+    model, ids = tiny_model(), random_ids(1, 9)
+    with pytest.raises(RuntimeError, match="^generate must hand on the state as .*, got none from Transformers 5"):
+        model.prepare_inputs_for_generation(ids, next_sequence_length=1, state=XLSTMCache(model.config))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kind", TWO_KINDS)
 def test_a_forked_prompt_is_read_once_and_continued_as_each_alone(kind):
     model, prompts, questions = tiny_model(kind), random_ids(2, 20), random_ids(6, 4, seed=1)

@@ -12,6 +12,7 @@ from models import KINDS, TWO_KINDS, random_ids, tiny_model
 from torch.utils._pytree import tree_leaves
 
 from modeling_xlstm import XLSTMCache, graphs_xlstm
+from modeling_xlstm.backends import CACHE
 from modeling_xlstm.graphs_xlstm import ACTIVE, StepGraphs, graphs_of
 from modeling_xlstm.linear import is_hooked
 
@@ -340,7 +341,7 @@ def test_a_model_on_a_cpu_is_not_captured():
 def test_padding_is_told_to_the_pass_that_reads_a_prompt_even_of_one_token():
     model, ids, mask = tiny_model(), random_ids(2, 6), torch.ones(2, 6, dtype=torch.long)
     mask[1, -1] = 0
-    options = {"next_sequence_length": 1, "attention_mask": mask, "past_key_values": XLSTMCache(model.config)}
+    options = {"next_sequence_length": 1, "attention_mask": mask, CACHE: XLSTMCache(model.config)}
     token = ACTIVE.set(graphs_of(model))
     try:
         prompt = model.prepare_inputs_for_generation(ids, is_first_iteration=True, **options)
