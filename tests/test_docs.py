@@ -298,7 +298,7 @@ PLACES: dict[str, tuple] = {
     "greedy text, shape of xLSTM-7B, batch of 1": (GENERATION, OF_TEXTS, "* | batch of 1"),
     "greedy text, shape of xLSTM-7B, batch of 64": (GENERATION, OF_TEXTS, "* | 64"),
     "prompt of 1 x 16384, `generate`": (GENERATION, OF_PROMPTS, "* | 1 x 16384, `generate`"),
-    "prefill, ms for 512 tokens, of which Transformers' xLSTM predicts all": (
+    "prompt of 512 tokens, ms (Transformers' xLSTM computes the logits of all)": (
         ("On a CPU", OF_CPU, "7B style | prefill | * | value")
     ),
     "`generate` in bfloat16, ms a token": ("On a CPU", OF_CPU, "7B style | generate bf16 | * | value"),

@@ -186,7 +186,7 @@ def test_a_chat_continues_what_the_template_makes_of_it(server, expected):
 
 
 def test_the_request_of_the_readme_is_answered(server, expected):
-    assert server.complete(**REQUEST, max_tokens=TOKENS) == expected[REQUEST["prompt"]]
+    assert server.complete(**REQUEST | {"max_tokens": TOKENS}) == expected[REQUEST["prompt"]]
 
 
 @pytest.fixture
