@@ -15,6 +15,7 @@ demo: $(VENV)/installed-runtime  ## stream a continuation; make demo PROMPT="A g
 	  $(BIN)/python -m modeling_xlstm generate --model checkpoints/xlstm-demo --prompt "$$PROMPT"
 
 test: check  ## everything that must pass before a change lands
+	@echo "Two runs of pytest, about 15 minutes on two cores: each is printed when it has ended."
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-torch test-triton
 
 test-torch: $(VENV)/installed-test
@@ -32,7 +33,7 @@ format: $(VENV)/installed-test  ## mend what can be mended by a tool
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-notebooks: $(VENV)/installed-test  ## run them, and keep what comes out
+notebooks: $(VENV)/installed-test  ## run them, and write their outputs, timings included, into them
 	$(BIN)/python notebooks/execute.py
 
 clean:

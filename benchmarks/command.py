@@ -68,5 +68,7 @@ def run(main: Callable[[], object]) -> None:
         print(end="", flush=True)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # what is still buffered goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where what is still buffered goes
+        if not isinstance(error, BrokenPipeError):
+            sys.exit(f"error: Reading or writing failed: {error.strerror or error}")

@@ -10,6 +10,7 @@ from functools import cache
 import torch
 import transformers
 from packaging.version import Version
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 
 BACKENDS = ("auto", "torch", "triton")
@@ -25,7 +26,7 @@ HAS_ONEDNN_PACKING = (
 READS_ON_IN_PIECES = Version(transformers.__version__) >= Version("5.21")
 # What Transformers calls the state of a text so far, in outputs and within `generate`, and what other versions call it.
 CACHE, OTHER_NAMES = "past_key_values", ("cache", "cache_params")
-if Version(transformers.__version__) >= Version("5.24.dev0"):
+if "cache" in BaseModelOutputWithPast.__dataclass_fields__:  # since 5.24
     CACHE, OTHER_NAMES = "cache", ("past_key_values", "cache_params")
 
 

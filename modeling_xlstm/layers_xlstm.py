@@ -280,7 +280,8 @@ class CausalConv1d(nn.Module):
         rank = (mask.long().cumsum(1) - 1).clamp(min=0)
         newest = mask.sum(1, keepdim=True) + torch.arange(before.shape[1], device=x.device)
         x = torch.cat((before, _gather(x, order)), 1)
-        return _gather(self._convolve(x), rank), _gather(x, newest)
+        # zero at padding, which must not show the first real token to what predicts it
+        return _gather(self._convolve(x), rank).masked_fill(~mask[..., None], 0.0), _gather(x, newest)
 
     def _convolve(self, x: Tensor) -> Tensor:
         """x, with its past in front, to what comes after the past, activated."""

@@ -129,18 +129,9 @@ INITIALISE_THEMSELVES = (
 
 @dataclass
 class WithGates(ModelOutput):
-    """What every model returns last. The state of a text can be had by all of its names."""
+    """What every model returns last."""
 
     gates: tuple[GateActivations, ...] | None = None  # of each block, with output_gates=True
-
-
-for name in OTHER_NAMES:
-    setattr(WithGates, name, property(lambda self: getattr(self, CACHE)))
-
-
-def named(cache: XLSTMCache | None) -> dict[str, Any]:
-    """The argument of an output that is a cache."""
-    return {CACHE: cache}
 
 
 @dataclass
@@ -161,6 +152,16 @@ class XLSTMSequenceClassifierOutput(WithGates, SequenceClassifierOutputWithPast)
 @dataclass
 class XLSTMTokenClassifierOutput(WithGates, TokenClassifierOutput):
     """What [`XLSTMForTokenClassification`] returns."""
+
+
+for output in (XLSTMModelOutput, XLSTMCausalLMOutput, XLSTMSequenceClassifierOutput):
+    for name in OTHER_NAMES:
+        setattr(output, name, property(lambda self: getattr(self, CACHE)))
+
+
+def named(cache: XLSTMCache | None) -> dict[str, Any]:
+    """The argument of an output that is a cache."""
+    return {CACHE: cache}
 
 
 class XLSTMPreTrainedModel(PreTrainedModel):
@@ -650,7 +651,9 @@ class XLSTMForSequenceClassification(XLSTMPreTrainedModel):
         )
         x = outputs.last_hidden_state
         mask = None if attention_mask is None else attention_mask[:, -x.shape[1] :] != 0
-        padded = None if mask is None or mask.all() else mask
+        # what is compiled cannot ask whether anything is hidden, which matters to packed sequences alone
+        hides = mask is not None and (torch.compiler.is_compiling() or not mask.all())
+        padded = mask if hides else None
         bounds = packed_bounds(kwargs, x.shape[0], x.shape[1], x.device, padded)
         if bounds is not None:
             x = x[0, bounds[1:] - 1]

@@ -18,7 +18,7 @@ import nbformat
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError, CellTimeoutError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from tqdm import tqdm
 
 
@@ -53,7 +53,8 @@ def digest(notebook: nbformat.NotebookNode) -> str:
 
 def execute(path: Path) -> nbformat.NotebookNode:
     """The notebook at `path` with the outputs of a run. Raises CellExecutionError where a cell fails, CellTimeoutError
-    where one takes too long, ValueError or ValidationError where the file is no notebook.
+    where one takes too long, DeadKernelError where it ends the process, ValueError or ValidationError where the file is
+    no notebook.
     """
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
@@ -89,6 +90,8 @@ def main() -> None:
             sys.exit(f"{name} is left as it was, as a cell fails:\n{error}")
         except CellTimeoutError:
             sys.exit(f"{name} is left as it was, as a cell takes more than {SECONDS} s.")
+        except DeadKernelError:
+            sys.exit(f"{name} is left as it was, as its process ended in a cell: did its memory suffice?")
         except (ValueError, nbformat.ValidationError) as error:
             sys.exit(f"{name} must be a notebook: {str(error).splitlines()[0][:200]}")
         except KeyboardInterrupt:

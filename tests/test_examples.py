@@ -113,6 +113,14 @@ def test_a_reader_that_stops_early_is_no_error(lines):
     assert child.returncode == 0
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+def test_a_full_disk_is_one_sentence():
+    program = "from benchmarks.command import run, show\nrun(lambda: show('line'))"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "error: Reading or writing failed: No space left on device\n")
+
+
 def test_a_benchmark_writes_to_no_file_below_a_file(tmp_path):
     (tmp_path / "file").touch()
     assert new_file(str(tmp_path / "new")) == tmp_path / "new"

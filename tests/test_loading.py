@@ -254,6 +254,16 @@ def test_sequence_classes_do_not_depend_on_the_side_of_padding(kind):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("cls", [XLSTMForSequenceClassification, XLSTMForTokenClassification])
+def test_a_classifier_compiles_to_one_graph(cls):
+    model, ids = tiny_model(cls=cls), random_ids(2, 11)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert_near(compiled(ids, attention_mask=mask).logits, model(ids, attention_mask=mask).logits)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kind", TWO_KINDS)
 def test_token_classes_are_a_projection_of_hidden_states(kind, tmp_path):
     model, ids = tiny_model(kind, cls=XLSTMForTokenClassification, num_labels=3), random_ids(2, 11)

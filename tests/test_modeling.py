@@ -165,6 +165,18 @@ def test_padding_changes_neither_logits_nor_state(kind, side):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_position_sees_what_follows_nor_does_padding(kind):
+    model, ids, others = tiny_model(kind), random_ids(2, 12), random_ids(2, 12, seed=1)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = mask[1, 5:7] = 0
+    for t in range(1, 12):
+        changed = torch.cat((ids[:, :t], others[:, t:]), 1)
+        logits, logits_changed = (model(x, attention_mask=mask).logits[:, :t] for x in (ids, changed))
+        assert_near(logits, logits_changed, 1e-5)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("full_mask", [True, False], ids=["mask of past + new", "mask of new"])
 @pytest.mark.parametrize("side", ["left", "right", "scattered"])
 @pytest.mark.parametrize("kind", TWO_KINDS)

@@ -91,9 +91,10 @@ def a_notebook(code: str) -> str:
     [
         (a_notebook("1 / 0"), "x.ipynb is left as it was, as a cell fails:"),
         (a_notebook("import time\ntime.sleep(60)"), "x.ipynb is left as it was, as a cell takes more than 1 s."),
+        (a_notebook("import os\nos._exit(1)"), "x.ipynb is left as it was, as its process ended in a cell:"),
         ("{", "x.ipynb must be a notebook: Notebook does not appear to be JSON: '{'"),
     ],
-    ids=["fails", "too_long", "no_notebook"],
+    ids=["fails", "too_long", "dies", "no_notebook"],
 )
 def test_a_notebook_that_does_not_run_is_left_as_it_was(content, message, tmp_path, monkeypatch):
     path = tmp_path / "x.ipynb"

@@ -189,6 +189,14 @@ def test_the_request_of_the_readme_is_answered(server, expected):
     assert server.complete(**REQUEST | {"max_tokens": TOKENS}) == expected[REQUEST["prompt"]]
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_command_of_the_page_streams_a_text(server):
+    line = re.search(r"^curl .*$", PAGE, re.MULTILINE)[0].replace("localhost:8000", f"localhost:{server.port}")
+    printed = subprocess.run(shlex.split(line), capture_output=True, text=True, check=True).stdout
+    assert printed.startswith("data: {")
+    assert '"text"' in printed
+
+
 @pytest.fixture
 def serve(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
     """Runs the command in this process, up to where it would wait for requests: exit code, its models and output."""
