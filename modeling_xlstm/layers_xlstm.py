@@ -235,7 +235,10 @@ class CausalConv1d(nn.Module):
     def forward(
         self, x: Tensor, state: Tensor | None = None, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """`state` holds the last `kernel_size - 1` real inputs of each sequence `[B, kernel_size - 1, C]`, float32."""
+        """`state` holds the last `kernel_size - 1` real inputs of each sequence `[B, kernel_size - 1, C]`, float32.
+
+        At padding y is zero: it must not show the first real token to what may have to predict it.
+        """
         B, T, C = x.shape
         past = self.kernel_size - 1
         sequences = B if cu_seqlens is None else cu_seqlens.numel() - 1
@@ -248,7 +251,9 @@ class CausalConv1d(nn.Module):
         if T == 1 and cu_seqlens is None:  # which is faster as the sum that it is
             window = torch.cat((state, x.to(dtype)), 1)
             y = F.silu(((window * self.weight.mT).sum(1, keepdim=True) + self.bias).to(x.dtype))
-            new = window[:, 1:] if mask is None else torch.where(mask[..., None], window[:, 1:], state)
+            new = window[:, 1:]
+            if mask is not None:
+                y, new = y.masked_fill(~mask[..., None], 0.0), torch.where(mask[..., None], new, state)
         elif cu_seqlens is not None:
             y, new = self._packed(x, state.to(x.dtype), cu_seqlens)
         elif mask is not None:
@@ -280,7 +285,6 @@ class CausalConv1d(nn.Module):
         rank = (mask.long().cumsum(1) - 1).clamp(min=0)
         newest = mask.sum(1, keepdim=True) + torch.arange(before.shape[1], device=x.device)
         x = torch.cat((before, _gather(x, order)), 1)
-        # zero at padding, which must not show the first real token to what predicts it
         return _gather(self._convolve(x), rank).masked_fill(~mask[..., None], 0.0), _gather(x, newest)
 
     def _convolve(self, x: Tensor) -> Tensor:
