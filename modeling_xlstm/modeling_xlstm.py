@@ -171,7 +171,7 @@ class XLSTMPreTrainedModel(PreTrainedModel):
     config_class = XLSTMConfig
     base_model_prefix = "model"
     _no_split_modules = ["XLSTMBlock"]
-    _skip_keys_device_placement = ["past_key_values", "cache", "cache_params"]
+    _skip_keys_device_placement = [CACHE, *OTHER_NAMES]
     supports_gradient_checkpointing = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": XLSTMBlock}
@@ -651,10 +651,7 @@ class XLSTMForSequenceClassification(XLSTMPreTrainedModel):
         )
         x = outputs.last_hidden_state
         mask = None if attention_mask is None else attention_mask[:, -x.shape[1] :] != 0
-        # what is compiled cannot ask whether anything is hidden, which matters to packed sequences alone
-        hides = mask is not None and (torch.compiler.is_compiling() or not mask.all())
-        padded = mask if hides else None
-        bounds = packed_bounds(kwargs, x.shape[0], x.shape[1], x.device, padded)
+        bounds = packed_bounds(kwargs, x.shape[0], x.shape[1], x.device, mask)
         if bounds is not None:
             x = x[0, bounds[1:] - 1]
         else:

@@ -36,6 +36,7 @@ from accelerate.data_loader import BatchSamplerShard  # type: ignore[import-unty
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from .backends import CACHE, OTHER_NAMES
 from .checks import check_sequence, full_precision, state_dtype
 from .custom_op import differentiable_once
 from .fused import soft_cap
@@ -411,7 +412,7 @@ def _before_conv(group: ProcessGroup | None, conv: CausalConv1d, args: tuple, kw
 
 def _before_stack(group: ProcessGroup | None, stack: XLSTMModel, args: tuple, kwargs: dict[str, Any]) -> tuple:
     """Refuses what a slice cannot have, and slices that are not of one batch."""
-    given = [name for name in CACHES if kwargs.get(name) is not None]
+    given = [name for name in (CACHE, *OTHER_NAMES) if kwargs.get(name) is not None]
     if given or kwargs.get("use_cache"):
         got = " and ".join(given) or "use_cache=True"
         raise ValueError(f"A text that is split over processes has no cache, and is not generated, got {got}.")
@@ -440,7 +441,6 @@ def _before_head(group: ProcessGroup | None, model: XLSTMForCausalLM, args: tupl
         raise ValueError(f"Labels must be split by split_sequence, got some without {' and '.join(missing)}.")
 
 
-CACHES = ("past_key_values", "cache", "cache_params")
 HOOKS: dict[type[nn.Module], Callable] = {
     CausalConv1d: _before_conv, XLSTMModel: _before_stack, XLSTMForCausalLM: _before_head
 }  # fmt: skip
