@@ -57,19 +57,20 @@ CELLS = {"mlstm": MLSTMState, "slstm": SLSTMState}
 
 
 def state_shapes(config: XLSTMConfig) -> dict[str, dict[str, tuple[int, ...]]]:
-    """By kind of block, the shapes of a layer's states without the axis of rows."""
+    """By kind of block, the shapes of a layer's states without the axis of rows, of the heads that a process has."""
+    ranks = config.ranks
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     if "mlstm" in config.block_types:
-        H, V, kernel = config.num_heads, config.inner_size // config.num_heads, config.conv_kernel_size
-        K = config.qk_size // H
-        shapes["mlstm"] = {"C": (H, K, V), "n": (H, K), "m": (H,)}
+        H, inner, kernel = config.num_heads, config.inner_size, config.conv_kernel_size
+        K, V, local = config.qk_size // H, inner // H, H // ranks
+        shapes["mlstm"] = {"C": (local, K, V), "n": (local, K), "m": (local,)}
         if config.mlstm_block == "pre_up" and kernel:
-            shapes["mlstm"]["conv"] = (kernel - 1, config.inner_size)
+            shapes["mlstm"]["conv"] = (kernel - 1, inner // ranks)
     if "slstm" in config.block_types:
         H, kernel = config.slstm_num_heads, config.slstm_conv_kernel_size
-        shapes["slstm"] = dict.fromkeys(SLSTMState._fields, (H, config.hidden_size // H))
+        shapes["slstm"] = dict.fromkeys(SLSTMState._fields, (H // ranks, config.hidden_size // H))
         if kernel:
-            shapes["slstm"]["conv"] = (kernel - 1, config.hidden_size)
+            shapes["slstm"]["conv"] = (kernel - 1, config.hidden_size // ranks)
     return shapes
 
 

@@ -24,7 +24,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.core_model_loading import Concatenate, ConversionOps, WeightConverter, WeightRenaming
 
 from .configuration_formats import check_expressible, fields_from, listing
-from .configuration_xlstm import XLSTMConfig
+from .configuration_xlstm import CHOICES, XLSTMConfig
+from .parallel_plan import parts_of
 
 
 class Operation(NamedTuple):
@@ -338,7 +339,8 @@ class _WithZeroBias(ConversionOps):
 def conversions() -> list[WeightConverter | WeightRenaming]:
     """How `from_pretrained` reads the formats `transformers` and `transformers-fused`: the table as its transforms.
 
-    Names of ours pass unchanged. The checkpoint of a bare `xLSTMModel` lacks `backbone.`, which is optional therefore.
+    Names of ours pass unchanged, but for the parts of matrices, as distributed checkpoints have them. The checkpoint of
+    a bare `xLSTMModel` lacks `backbone.`, which is optional therefore.
     """
 
     def pattern(name: str) -> str:
@@ -353,9 +355,17 @@ def conversions() -> list[WeightConverter | WeightRenaming]:
         if isinstance(entry, str):
             transforms.append(WeightRenaming(re.escape(f".{entry}."), f".{module}."))
         else:  # rows one after the other
-            sources = [re.escape(f".{name}.") for name in entry[1:]]
-            transforms.append(WeightConverter(sources, f".{module}.", [Concatenate(0)]))
+            transforms.append(_joining(entry[1:], module, 0))
+    configs = (XLSTMConfig(mlstm_block=block) for block in CHOICES["mlstm_block"])
+    split = {(module, parts.names): parts.dim for config in configs for module, parts in parts_of(config).items()}
+    for (module, names), dim in split.items():
+        transforms.append(_joining([f"{module}.{name}" for name in names], module, dim))
     return transforms
+
+
+def _joining(names: Iterable[str], module: str, dim: int) -> WeightConverter:
+    """One weight from several, one after the other."""
+    return WeightConverter([re.escape(f".{name}.") for name in names], f".{module}.", [Concatenate(dim)])
 
 
 def config_from(origin: Any, fmt: str, **overrides: Any) -> XLSTMConfig:

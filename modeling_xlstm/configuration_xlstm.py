@@ -13,6 +13,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from .configuration_formats import PAPER_ARCHITECTURE, fields_from
+from .parallel_plan import FSDP_PLAN, PP_PLAN, tp_plan
 
 
 PAPER_DEFAULTS = {**PAPER_ARCHITECTURE, "num_heads": 4}
@@ -109,6 +110,8 @@ class XLSTMConfig(PreTrainedConfig):
     model_type = "xlstm_lm"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {"final_logit_softcapping": "output_logit_soft_cap"}  # where others, such as TRL, look for it
+
+    base_model_pp_plan = PP_PLAN  # type: ignore[assignment]  # of Transformers' form, not of its annotation
 
     vocab_size: int = 50304
     hidden_size: int = 4096
@@ -221,6 +224,28 @@ class XLSTMConfig(PreTrainedConfig):
     def layer_types(self) -> list[str]:
         """What Transformers calls these layers; the kinds of block are in `block_types`."""
         return ["linear_attention"] * self.num_hidden_layers
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]  # it depends on the kinds of block
+        """How tensor parallelism splits an `XLSTMModel`."""
+        return tp_plan(self)
+
+    @property
+    def base_model_fsdp_plan(self) -> dict[str, str]:  # type: ignore[override]
+        """What of an `XLSTMModel` FSDP2 gathers at a time."""
+        return {name: style for name, style in FSDP_PLAN.items() if name != "norm" or self.add_out_norm}
+
+    @property
+    def ranks(self) -> int:
+        """How many processes share the heads of a model, which was loaded with a `DistributedConfig` if they do."""
+        distributed = getattr(self, "distributed_config", None)
+        return 1 if distributed is None else distributed.tp_size
+
+    @property
+    def processes(self) -> int:
+        """How many processes have a part of the weights each."""
+        distributed = getattr(self, "distributed_config", None)
+        return 1 if distributed is None else distributed.tp_size * distributed.fsdp_size * distributed.pp_size
 
     @property
     def ratio(self) -> str:

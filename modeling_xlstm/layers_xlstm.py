@@ -619,7 +619,8 @@ class SLSTMLayer(nn.Module):
         keep: int | None = None,
         on_gates: OnGates | None = None,
     ) -> tuple[Tensor, LayerState]:
-        check_layer_input(x, self.config.hidden_size, mask, cu_seqlens, keep)
+        H, _, D, _ = self.gate_weight.shape
+        check_layer_input(x, H * D, mask, cu_seqlens, keep)
         cell, conv, _ = unpack_state(state, self.conv)
         c, conv = _convolved(self.conv, x, conv, mask, cu_seqlens)
         gates, before = self._gates(c, x), cell

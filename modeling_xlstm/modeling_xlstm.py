@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -66,6 +67,7 @@ from .layers_xlstm import (
     small_std,
 )
 from .linear import is_alone, linear
+from .tensor_parallel import first_of_all, join_weights, opened, split_projections, split_weights, without_converters
 
 
 if HAS_TRITON:
@@ -212,15 +214,37 @@ class XLSTMPreTrainedModel(PreTrainedModel):
         model = result[0] if isinstance(result, tuple) else result
         if getattr(model, "is_quantized", False):
             _check_quantized(model)
-        for name, weight in model.named_parameters():
-            # quantised ones are of other classes, which may not know isfinite
-            checked = type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta
-            if checked and weight.numel() and not is_finite(weight):
-                raise ValueError(f"All weights of a checkpoint must be finite, got NaN or infinity in {name}.")
-        head = model.get_output_embeddings()
-        if head is not None and head.weight is not model.get_input_embeddings().weight:
+        names = (name for name, weight in model.named_parameters() if not _is_finite(weight))
+        if name := first_of_all(next(names, None), model):
+            raise ValueError(f"All weights of a checkpoint must be finite, got NaN or infinity in {name}.")
+        ends = [getattr(x, "weight", None) for x in (model.get_output_embeddings(), model.get_input_embeddings())]
+        if all(x is not None for x in ends) and ends[0] is not ends[1]:
             model.config.tie_word_embeddings = False
         return result
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, *args: Any):
+        """As in Transformers, after matrices of several projections were split (see `tensor_parallel`)."""
+        if distributed_config is not None and distributed_config.tp_size > 1:
+            split_projections(model, distributed_config.tp_size)
+        return super().maybe_distribute_model(model, distributed_config, *args)
+
+    @staticmethod
+    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any):
+        """As in Transformers; under tensor parallelism each process reads its rows of what is one matrix in a file."""
+        load = partial(PreTrainedModel._load_pretrained_model, model)
+        if model.config.ranks == 1:
+            return load(state_dict, checkpoint_files, load_config, *args)
+        with opened(state_dict, checkpoint_files) as weights:
+            split = split_weights(weights, model.config)
+            return load(split, checkpoint_files, without_converters(load_config), *args)
+
+    def gather_sharded_state_dict_for_save(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """As in Transformers, matrices of several projections in one again."""
+        weights = super().gather_sharded_state_dict_for_save(*args, **kwargs)
+        if self.config.processes > 1:  # where weights are gathered, tied ones are two
+            weights = {name: x for name, x in weights.items() if name not in self.all_tied_weights_keys}
+        return weights if self.config.ranks == 1 else join_weights(weights, self.config)
 
     def train(self, mode: bool = True):
         """As in PyTorch. From now on bitsandbytes' 4-bit weights keep their order, as gradients through that for a CPU
@@ -252,6 +276,11 @@ class XLSTMPreTrainedModel(PreTrainedModel):
             return
         if not isinstance(self, XLSTMForCausalLM):
             raise ValueError(f"Transformers' format is that of a language model, got {type(self).__name__}.")
+        if self.config.processes > 1:
+            raise ValueError(
+                f"save_original_format=True needs a model in one process, got one spread over {self.config.processes}: "
+                "save it as it is, load that in one process and save it again."
+            )
         if getattr(self, "_hf_peft_config_loaded", False):
             raise ValueError("save_original_format=True needs a model without adapters: merge or unload them first.")
         if getattr(self, "is_quantized", False):
@@ -330,7 +359,8 @@ class XLSTMModel(XLSTMPreTrainedModel):
             TypeError, ValueError, IndexError: An input does not fit; the message says what, got and expected.
         """
         past_key_values = only_cache(past_key_values=past_key_values, cache=cache, cache_params=cache_params)
-        weight = self.embed_tokens.weight
+        # of a pipeline's later stages, which embed nothing, that of a norm
+        weight = self.embed_tokens.weight if hasattr(self.embed_tokens, "weight") else next(self.parameters())
         if (input_ids is None) == (inputs_embeds is None):
             got = "neither" if input_ids is None else "both"
             raise ValueError(f"Exactly one of input_ids and inputs_embeds must be given, got {got}.")
@@ -403,6 +433,8 @@ class XLSTMModel(XLSTMPreTrainedModel):
         recording = cache is not None and cache.is_recording
         passes: list[tuple] = []  # of each layer what it takes to redo it
         for i, block in enumerate(self.layers):
+            if isinstance(block, nn.Identity):  # it is another process's
+                continue
             state = None if cache is None else cache.get_state(i, B)
             if recording:
                 before = None if state is None or cache.layers[i].is_empty else state.map(Tensor.clone)
@@ -430,6 +462,13 @@ def _pieces(B: int, T: int, keep: int) -> list[tuple[int, int]]:
     count = -(-B * T // PIECE)
     starts = list(range(0, max(1, T - keep + 1), -(-T // count)))
     return list(pairwise([*starts, T]))
+
+
+def _is_finite(weight: Tensor) -> bool:
+    """Whether what this process has of a weight is. Quantised ones are of classes which may not know isfinite."""
+    weight = weight.to_local() if isinstance(weight, DTensor) else weight
+    known = type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and not weight.is_meta
+    return not known or not weight.numel() or is_finite(weight)
 
 
 def _check_quantized(model: XLSTMPreTrainedModel) -> None:
@@ -477,6 +516,9 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, XLSTMGenerationMixin):
     """Language model: the stack and a projection to (optionally soft-capped) logits."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]  # its form, not its annotation
 
     def __init__(self, config: XLSTMConfig):
         super().__init__(config)

@@ -1,0 +1,369 @@
+"""Tensor parallelism: each process has some heads of every mixer, and some channels of every feed-forward.
+
+Transformers reads the plan (`parallel_plan.tp_plan`) where `from_pretrained` is given a `DistributedConfig`, and asks
+the styles here how a parameter is split, and what a module is to do besides. Between blocks all processes of the group
+have all of x. A mixer or feed-forward takes what it needs of x, computes with the weights that it has, and its output
+projection adds up what the processes have: one all-reduce, and one of the gradient of x. Besides,
+
+- a pre-up mLSTM computes its scalar gates from q, k and v of all heads: `2 H` numbers a token are added up;
+- an sLSTM has no output projection: its heads are gathered, and in the backward pass the gradients of its slice of x.
+
+A matrix of several (rows [q | k | v | o]) is several linear layers here, each split by heads. Files have the matrix all
+the same: of that which is read each process reads its rows, and where weights are saved they are put together.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from copy import copy
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from transformers.core_model_loading import Concatenate
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
+
+from .checkpoint_xlstm import FUSED, SINGLE
+from .configuration_xlstm import XLSTMConfig
+from .custom_op import differentiable_once
+from .layers_xlstm import GateActivations, GateLinear, MLSTMLayer, SLSTMLayer
+from .parallel_plan import Parts, check_divisible, parts_of
+
+
+class _Copy(torch.autograd.Function):
+    """What all processes have, given to each; its gradients are added up."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    @differentiable_once("tensor parallelism")
+    def backward(ctx, dx):
+        dx = dx.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(dx, group=ctx.group)
+        return dx, None
+
+
+class _Sum(torch.autograd.Function):
+    """What the processes have, added up for all, in place; each has all of its gradient."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.mark_dirty(x)
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy, None
+
+
+class _Own(torch.autograd.Function):
+    """This process's part of the last axis; its gradients are gathered."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return _own(x, -1, group)
+
+    @staticmethod
+    @differentiable_once("tensor parallelism")
+    def backward(ctx, dx):
+        return _gathered(dx, -1, ctx.group), None
+
+
+class _Gather(torch.autograd.Function):
+    """The parts of an axis that the processes have, for all; each has all of its gradient."""
+
+    @staticmethod
+    def forward(ctx, x, dim, group):
+        ctx.dim, ctx.group = dim, group
+        return _gathered(x, dim, group)
+
+    @staticmethod
+    @differentiable_once("tensor parallelism")
+    def backward(ctx, dy):
+        return _own(dy, ctx.dim, ctx.group), None, None
+
+
+def _own(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    return x.chunk(dist.get_world_size(group), dim)[dist.get_rank(group)].contiguous()
+
+
+def _gathered(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    x = x.contiguous()
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, x, group=group)
+    return torch.cat(parts, dim)
+
+
+class SplitLinear(nn.ModuleDict):
+    """A linear layer as several, of which each gives some of its outputs."""
+
+    def __init__(self, module: nn.Linear, parts: Parts):
+        super().__init__()
+        self.in_features = module.in_features
+        for name, size in zip(parts.names, parts.sizes(module.out_features), strict=True):
+            self[name] = _part(module, size, module.in_features, module.bias is not None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.values()], -1)
+
+
+class SplitGates(nn.ModuleDict):
+    """The scalar gates of a pre-up mLSTM as three linear layers, of q, k and v, that add up, and a bias."""
+
+    def __init__(self, module: GateLinear, parts: Parts):
+        super().__init__()
+        for name, size in zip(parts.names, parts.sizes(module.in_features), strict=True):
+            self[name] = _part(module, module.out_features, size, bias=False)
+        self.bias = module.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Without the bias."""
+        q, k, v = (part(piece) for part, piece in zip(self.values(), x.chunk(3, -1), strict=True))
+        return q + k + v
+
+
+def _part(module: nn.Linear, outputs: int, inputs: int, bias: bool) -> nn.Linear:
+    """A linear layer like `module`, of another size, its weights still to be loaded."""
+    part = copy(module)
+    nn.Module.__init__(part)  # with hooks of its own
+    part.out_features, part.in_features = outputs, inputs
+    weight = module.weight
+    part.weight = nn.Parameter(weight.new_empty(outputs, inputs), weight.requires_grad)
+    part.register_parameter("bias", nn.Parameter(weight.new_empty(outputs), weight.requires_grad) if bias else None)
+    return part
+
+
+def split_projections(model: Any, ranks: int) -> None:
+    """Makes several linear layers of those that stand in one, for as many processes.
+
+    Raises ValueError if the heads or channels of the model cannot be shared evenly.
+    """
+    check_divisible(model.config, ranks)
+    for name, parts in parts_of(model.config).items():
+        owner, attribute = name.split(".")
+        for block in _blocks(model):
+            module = getattr(getattr(block, owner), attribute, None)
+            if module is not None:
+                setattr(getattr(block, owner), attribute, (SplitGates if parts.dim else SplitLinear)(module, parts))
+    for block in _blocks(model):
+        if isinstance(block.mixer, MLSTMLayer):
+            q, k, v, o = block.mixer.splits
+            block.mixer.splits = q // ranks, k // ranks, v // ranks, o // ranks
+
+
+def _blocks(model: Any) -> nn.ModuleList:
+    return model.base_model.layers
+
+
+@contextmanager
+def _local_parameters(module: Any) -> Iterator[None]:
+    """Inside, the module's own parameters are what this process has of them."""
+    whole = {name: x for name, x in module._parameters.items() if isinstance(x, DTensor)}
+    module._parameters.update({name: x.to_local() for name, x in whole.items()})  # with their gradients
+    try:
+        yield
+    finally:
+        module._parameters.update(whole)
+
+
+class _Style(TensorParallelLayer):
+    """Parameters are split along an axis, by default the first; the module computes with what a process has."""
+
+    dim = 0
+
+    def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
+        x = module._parameters.get(param)
+        if x is not None:
+            split = distribute_tensor(x, mesh, [Shard(self.dim)], src_data_rank=None)
+            module._parameters[param] = nn.Parameter(split, requires_grad=x.requires_grad)
+
+    def install_forward(self, module: nn.Module, mesh: DeviceMesh, **_: Any) -> nn.Module:
+        module.forward = partial(self.forward, module, mesh.get_group(), module.forward)
+        return module
+
+    def forward(self, module: Any, group: ProcessGroup, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        """What the module does in place of its own `forward`."""
+        with _local_parameters(module):
+            return forward(*args, **kwargs)
+
+
+class _Columns(_Style):
+    """Each process has the columns of a weight that meet the inputs that it has. What it gives is to be added up."""
+
+    dim = 1
+
+
+class _SumStyle(_Columns):
+    """The same, added up, and the bias once."""
+
+    def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
+        if param != "bias":
+            super().shard_param(module, param, mesh)
+
+    def forward(self, module: Any, group: ProcessGroup, forward: Callable, *args: Any, **kwargs: Any) -> Tensor:
+        with _local_parameters(module):
+            y = _Sum.apply(F.linear(args[0], module.weight), group)
+        return y if module.bias is None else y + module.bias.to(y.dtype)
+
+
+class _GatesStyle(_Style):
+    """The gates of all heads are added up; each process keeps those of its own."""
+
+    def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
+        pass
+
+    def forward(self, module: Any, group: ProcessGroup, forward: Callable, *args: Any, **kwargs: Any) -> Tensor:
+        y = _Sum.apply(forward(*args, **kwargs), group)
+        return _Own.apply((y + module.bias).unflatten(-1, (2, -1)), group).flatten(-2)  # rows [i | f]
+
+
+class _FeedForward(_Style):
+    """Every process reads all of x."""
+
+    def forward(self, module: Any, group: ProcessGroup, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        return forward(_Copy.apply(args[0], group), *args[1:], **kwargs)
+
+
+class _Mixer(_Style):
+    """An mLSTM reads all of x, an sLSTM the channels of its heads, and what it gives is gathered."""
+
+    def forward(self, module: Any, group: ProcessGroup, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        show = kwargs.get("on_gates")
+        if show is not None:
+            kwargs["on_gates"] = lambda gates: show(GateActivations(*(_Gather.apply(x, 2, group) for x in gates)))
+        is_slstm = isinstance(module, SLSTMLayer)
+        x = (_Own if is_slstm else _Copy).apply(args[0], group)
+        with _local_parameters(module):
+            y, state = forward(x, *args[1:], **kwargs)
+        return (_Gather.apply(y, -1, group) if is_slstm else y), state
+
+
+STYLES = {
+    "xlstm_rows": _Style,
+    "xlstm_columns": _Columns,
+    "xlstm_sum": _SumStyle,
+    "xlstm_gates": _GatesStyle,
+    "xlstm_ffn": _FeedForward,
+    "xlstm_mixer": _Mixer,
+}
+for name, style in STYLES.items():
+    ALL_PARALLEL_STYLES.register(name, style())  # type: ignore[arg-type]  # as it registers its own
+
+
+@contextmanager
+def opened(weights: Mapping[str, Any] | None, files: Sequence[str] | None) -> Iterator[Mapping[str, Any]]:
+    """Weights by name, as they are given, or of safetensors files that are read when a weight is indexed.
+
+    Raises ValueError if a file is of another format, of which all would have to be read.
+    """
+    if weights is not None:
+        yield weights
+        return
+    with ExitStack() as stack:
+        found: dict[str, Any] = {}
+        for path in files or ():
+            if not str(path).endswith(".safetensors"):
+                raise ValueError(f"A checkpoint for tensor parallelism must be of safetensors files, got {path}.")
+            file = stack.enter_context(safe_open(path, framework="pt"))
+            found |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+        yield found
+
+
+def without_converters(load_config: Any) -> Any:
+    """What `from_pretrained` is to do, but for what `split_weights` does in its place."""
+    mapping = [x for x in load_config.weight_mapping or () if not _joins(x)]
+    return dataclasses.replace(load_config, weight_mapping=mapping)
+
+
+def _joins(transform: Any) -> bool:
+    return any(isinstance(operation, Concatenate) for operation in getattr(transform, "operations", ()))
+
+
+def first_of_all(name: str | None, model: Any) -> str | None:
+    """The first of the names that the processes have which share `model`, the same in each; that given in one alone."""
+    if model.config.processes == 1:
+        return name
+    names: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(names, name)
+    return next(filter(None, names), None)
+
+
+class _Piece:
+    """A part of a tensor in a file, along an axis: read where it is indexed, and no more than that."""
+
+    def __init__(self, source: Any, dim: int, start: int, size: int):
+        self.source, self.dim, self.start, self.size = source, dim, start, size
+
+    def get_shape(self) -> list[int]:
+        shape = list(_shape(self.source))
+        shape[self.dim] = self.size
+        return shape
+
+    def __getitem__(self, index: Any) -> Tensor:
+        ranges = [slice(0, size) for size in self.get_shape()]
+        for i, given in enumerate(index if isinstance(index, tuple) else (index,)):
+            if given is not Ellipsis:
+                ranges[i] = given
+        start, stop, _ = ranges[self.dim].indices(self.size)
+        ranges[self.dim] = slice(self.start + start, self.start + stop)
+        return self.source[tuple(ranges)]
+
+
+def _shape(x: Any) -> list[int]:
+    return list(x.shape) if isinstance(x, Tensor) else x.get_shape()
+
+
+def split_weights(weights: Mapping[str, Any], config: XLSTMConfig) -> dict[str, Any]:
+    """Names and weights of a model whose projections are split, from those of a checkpoint, read when they are needed.
+
+    The checkpoint may be of this package, its matrices in one or split, or in Transformers' format.
+    """
+    parts = parts_of(config)
+    modules = {f".{module}.": module for module in parts}
+    modules |= {f".{name}.": module for module, name in FUSED.items()}
+    renamed = {
+        f".{name}.": f".{module}.{part}."
+        for module, entry in SINGLE.items()
+        if module in parts and not parts[module].dim
+        for name, part in zip(entry[1:], parts[module].names, strict=True)
+    }
+    result: dict[str, Any] = {}
+    for name, x in weights.items():
+        stem, kind = name[: name.rfind(".") + 1], name[name.rfind(".") + 1 :]
+        prefix, module = next(
+            ((stem[: -len(end)], to) for end, to in modules.items() if stem.endswith(end)), (None, "")
+        )
+        if single := next((end for end in renamed if stem.endswith(end)), None):
+            result[stem[: -len(single)] + renamed[single] + kind] = x
+        elif prefix is None or (kind == "bias" and parts[module].dim):
+            result[name] = x
+        else:
+            dim, start = parts[module].dim, 0
+            for part, size in zip(parts[module].names, parts[module].sizes(_shape(x)[dim]), strict=True):
+                result[f"{prefix}.{module}.{part}.{kind}"] = _Piece(x, dim, start, size)
+                start += size
+    return result
+
+
+def join_weights(weights: dict[str, Tensor], config: XLSTMConfig) -> dict[str, Tensor]:
+    """The opposite of `split_weights`: matrices in one, as they are saved. `weights` is emptied of what is joined."""
+    joined: dict[str, Tensor] = {}
+    for module, parts in parts_of(config).items():
+        first = f".{module}.{parts.names[0]}."
+        for name in [name for name in weights if first in name]:
+            prefix, _, kind = name.partition(first)
+            pieces = [weights.pop(f"{prefix}.{module}.{part}.{kind}") for part in parts.names]
+            joined[f"{prefix}.{module}.{kind}"] = torch.cat(pieces, parts.dim)
+    return joined | weights

@@ -1,0 +1,257 @@
+"""What the processes of `test_tensor_parallel.py` compute, with a model that they share or in one of its own."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from models import VOCAB, gradients, random_ids, tiny_model, use_checkpointing
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.distributed import DistributedConfig
+from transformers.distributed.checkpoint import consolidate_distributed_checkpoint
+
+from modeling_xlstm import XLSTMForSequenceClassification
+from modeling_xlstm.tensor_parallel import join_weights
+
+
+Case = dict[str, Any]
+# 4 heads, so that 2 and 4 processes can share them
+CASES: dict[str, Case] = {
+    "post_up": {"kind": "post_up"},
+    "post_up_biased_tied": {"kind": "post_up", "use_bias": True, "tie_word_embeddings": True},
+    "sigmoid_checkpointed": {"kind": "sigmoid", "checkpointed": True},
+    "pre_up_slstm": {"kind": "pre_up_slstm"},
+    "pre_up_slstm_biased": {"kind": "pre_up_slstm", "use_bias": True, "norm_type": "rms_norm"},
+    "bare": {"kind": "pre_up_slstm", "conv_kernel_size": 0, "slstm_conv_kernel_size": 0, "slstm_ffn_proj_factor": 0},
+    "narrow_slstm": {"kind": "post_up_slstm", "num_heads": 8, "slstm_num_heads": 4, "add_out_norm": False},
+}
+DTYPES = (torch.float64, torch.float32)
+IDS, MASK = random_ids(4, 23), torch.ones(4, 23, dtype=torch.int64)
+MASK[0, :9], MASK[1, 17:] = 0, 0
+
+
+def whole_model(name: str, dtype: torch.dtype) -> Any:
+    """The model of a case, in this process alone."""
+    case = {"num_heads": 4, **CASES[name]}
+    case.pop("checkpointed", None)
+    return tiny_model(case.pop("kind"), **case).to(dtype)
+
+
+def save_all(folder: Path) -> None:
+    """Checkpoints of all cases."""
+    for name in CASES:
+        whole_model(name, torch.float64).save_pretrained(folder / name)
+
+
+def whole(x: Tensor) -> Tensor:
+    """All of a tensor of which this process may have a part."""
+    return x.full_tensor() if isinstance(x, DTensor) else x.detach().clone()
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    """All of a model, under the names of one in a single process."""
+    return join_weights({name: whole(x) for name, x in model.named_parameters()}, model.config)
+
+
+def by_heads(name: str, x: Tensor, share: bool) -> Tensor:
+    """A state of all heads, from what the processes have: along the second axis, or of a convolution the last."""
+    if not share:
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts, -1 if name == "conv" else 1)
+
+
+def outcomes(model: Any, name: str, shared: bool, ids: Tensor, mask: Tensor, replicas: int = 1) -> dict[str, Tensor]:
+    """Logits, gates, states, a text, and gradients, losses and weights of three steps of training.
+
+    With `replicas`, each is of some of the rows, and the loss of all is the mean.
+    """
+    result: dict[str, Tensor] = {}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)  # first: FSDP2 puts others in their place
+    with torch.no_grad():
+        outputs = model(ids, attention_mask=mask, output_gates=True)
+    result["logits"] = outputs.logits[mask.bool()]
+    for i, (gates, layer) in enumerate(zip(outputs.gates, outputs.past_key_values.layers, strict=True)):
+        result |= {f"gates {i} {field}": x for field, x in gates._asdict().items()}
+        if replicas == 1:
+            states = layer.state.tensors().items()
+            result |= {f"state {i} {field}": by_heads(field, x, shared) for field, x in states}
+    result["text"] = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    result["beams"] = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, num_beams=2)
+
+    model.train()
+    if "checkpointed" in CASES[name]:
+        use_checkpointing(model)
+    labels = ids.masked_fill(mask == 0, -100)
+    count = (labels[:, 1:] != -100).sum()
+    if replicas > 1:
+        dist.all_reduce(count)
+        count = count * replicas // dist.get_world_size()
+    for step in range(3):
+        optimizer.zero_grad()
+        loss = model(ids, attention_mask=mask, labels=labels, num_items_in_batch=count / replicas).loss
+        loss.backward()
+        if step == 0:
+            grads = {key: whole(x.grad) for key, x in model.named_parameters()}
+            result |= {f"gradient {key}": x for key, x in join_weights(grads, model.config).items()}
+        optimizer.step()
+        total = loss.detach() / (dist.get_world_size() if replicas > 1 else 1)
+        if replicas > 1:
+            dist.all_reduce(total)
+        result[f"loss {step}"] = total
+    result |= {f"weight {key}": x.detach() for key, x in weights(model).items()}
+    return result
+
+
+def one_process() -> dict[tuple, dict[str, Tensor]]:
+    """All cases in a single process."""
+    return {(name, d): outcomes(whole_model(name, d), name, False, IDS, MASK) for name in CASES for d in DTYPES}
+
+
+def shared_model(folder: Path, dtype: torch.dtype, **sizes: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, distributed_config=DistributedConfig(**sizes))
+
+
+def share_of(model: Any) -> float:
+    """Of the numbers of a model, those that this process has."""
+    local = sum((x.to_local() if isinstance(x, DTensor) else x).numel() for x in model.parameters())
+    return local / sum(x.numel() for x in model.parameters())
+
+
+def split_over_all(rank: int, folder: Path, saved: Path) -> dict[Any, Any]:
+    """All cases with a model that all processes share, which is saved after its training."""
+    results: dict[Any, Any] = {}
+    world = dist.get_world_size()
+    for name in CASES:
+        for dtype in DTYPES:
+            model = shared_model(folder / name, dtype, tp_size=world)
+            results[name, dtype] = outcomes(model, name, True, IDS, MASK)
+            results[name, dtype, "share"] = share_of(model)
+            model.save_pretrained(saved / f"{name} {dtype}")
+    return results
+
+
+def split_two_ways(rank: int, folder: Path) -> dict[Any, Any]:
+    """Two pairs of processes: a pair shares heads, and each has half of the rows; FSDP2 splits weights once more."""
+    results: dict[Any, Any] = {}
+    for name in ("post_up", "pre_up_slstm_biased"):
+        for dtype in DTYPES:
+            model = shared_model(folder / name, dtype, tp_size=2, fsdp_size=2)
+            results[name, dtype, "share"] = share_of(model)
+            ids, mask = (x.chunk(2)[rank // 2] for x in (IDS, MASK))
+            results[name, dtype] = outcomes(model, name, True, ids, mask, replicas=2)
+    return results
+
+
+def checkpoints(rank: int, folder: Path, saved: Path) -> dict[str, Any]:
+    """Distributed checkpoints, of meshes that differ from those that read them, and merged ones."""
+    results: dict[str, Any] = {}
+    for name in ("post_up_biased_tied", "pre_up_slstm_biased"):
+        model = shared_model(folder / name, torch.float64, tp_size=2, fsdp_size=2)
+        model.save_pretrained(saved / name, distributed_checkpoint=True)
+        if rank == 0:
+            consolidate_distributed_checkpoint(saved / name, saved / f"{name} merged")
+            model.config.save_pretrained(saved / f"{name} merged")
+        dist.barrier()
+        for where in (saved / name, saved / f"{name} merged"):
+            for sizes in ({"tp_size": 4}, {"tp_size": 2, "fsdp_size": 2}):
+                results[f"{where.name} {sizes}"] = weights(shared_model(where, torch.float64, **sizes))
+    return results
+
+
+def stages(rank: int, folder: Path) -> dict[str, Tensor]:
+    """A pipeline of two processes: one reads, the next goes on."""
+    results = {}
+    for name in ("post_up", "pre_up_slstm"):
+        model = shared_model(folder / name, torch.float32, pp_size=2)
+        with torch.no_grad():
+            results[f"{name} logits"] = model(input_ids=IDS, attention_mask=MASK).logits[MASK.bool()]
+        results[f"{name} text"] = model.generate(IDS, attention_mask=MASK, max_new_tokens=6, do_sample=False)
+    return results
+
+
+def formats(rank: int, folders: dict[str, Path]) -> dict[str, Any]:
+    """Checkpoints of other formats, of other dtypes, and of a classifier."""
+    results: dict[str, Any] = {
+        name: weights(shared_model(folder, torch.float32, tp_size=2))
+        for name, folder in folders.items()
+        if name != "classifier"
+    }
+    model = shared_model(folders["native"], torch.bfloat16, tp_size=2)
+    results["dtypes"] = {name: x.dtype for name, x in weights(model).items()}
+    config = DistributedConfig(tp_size=2)
+    model = AutoModelForSequenceClassification.from_pretrained(folders["classifier"], distributed_config=config)
+    model.train()
+    outputs = model(IDS, attention_mask=MASK, labels=torch.tensor([0, 1, 2, 1]))
+    outputs.loss.backward()
+    grads = join_weights({name: whole(x.grad) for name, x in model.named_parameters()}, model.config)
+    results["classifier"] = {"logits": outputs.logits.detach(), **grads}
+    return results
+
+
+def refusals(rank: int, folders: dict[str, Path], saved: Path) -> dict[str, str]:
+    """What is said where heads cannot be split, a weight is NaN, and a shared model cannot be saved as asked."""
+    results: dict[str, str] = {}
+
+    def said(what: str, function: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except (ValueError, TypeError) as error:
+            results[what] = f"{type(error).__name__}: {error}"
+
+    for name in ("heads", "slstm heads", "nan", "pickled"):
+        said(name, shared_model, folders[name], torch.float32, tp_size=2)
+    model = shared_model(folders["native"], torch.float32, tp_size=2)
+    said("original format", model.save_pretrained, saved, save_original_format=True)
+    cache = model(IDS).past_key_values
+    said("state", cache.save, saved / "state", model)
+    return results
+
+
+class Watch(threading.Thread):
+    """The most memory, in bytes, that this process has at a time of its own, not that of files which it maps."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.most, self.ended = 0, threading.Event()
+
+    def run(self) -> None:
+        while not self.ended.wait(0.001):
+            self.most = max(self.most, own_memory())
+
+
+def own_memory() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1]) << 10
+
+
+def memory_of_loading_in_two(rank: int, folder: Path) -> tuple[int, int]:
+    """Bytes that a process takes at most while it loads its share of a model, and those of the share."""
+    sizes = {"tp_size": 2}
+    shared_model(folder.parent / "warm", torch.float32, **sizes)  # imports, threads and buffers
+    watch = Watch()
+    before = own_memory()
+    watch.start()
+    model = shared_model(folder, torch.float32, **sizes)
+    watch.ended.set()
+    watch.join()
+    share = sum((x.to_local() if isinstance(x, DTensor) else x).nbytes for x in model.parameters())
+    return watch.most - before, share
+
+
+def tiny_classifier() -> nn.Module:
+    return tiny_model("pre_up_slstm", XLSTMForSequenceClassification, num_heads=4, num_labels=3)
+
+
+def classifier_outcome() -> dict[str, Tensor]:
+    model = tiny_classifier().train()
+    outputs: Any = model(IDS, attention_mask=MASK, labels=torch.tensor([0, 1, 2, 1]))
+    outputs.loss.backward()
+    return {"logits": outputs.logits.detach(), **gradients(model)}
+
+
+assert VOCAB % 2  # so that processes have unequal parts of the vocabulary

@@ -1,0 +1,261 @@
+"""A model that processes share by heads computes what it computes in one process."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import ranks_tensor
+import torch
+from models import tiny_config, tiny_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from modeling_xlstm import XLSTMConfig, XLSTMForCausalLM
+from modeling_xlstm.checkpoint_xlstm import from_native
+from modeling_xlstm.configuration_formats import fields_to
+from modeling_xlstm.modeling_xlstm import weight_shapes
+from modeling_xlstm.tensor_parallel import split_projections
+
+
+Outcomes = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Checkpoints of all cases."""
+    path = tmp_path_factory.mktemp("checkpoints")
+    ranks_tensor.save_all(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def one() -> dict[tuple, Outcomes]:
+    return ranks_tensor.one_process()
+
+
+@pytest.fixture(scope="module", params=(2, 4))
+def split(request, folder, tmp_path_factory) -> tuple[int, list[dict], Path]:
+    """All cases in several processes."""
+    saved = tmp_path_factory.mktemp("saved")
+    results = ranks.run(
+        ranks_tensor.split_over_all, request.param, tmp_path_factory.mktemp("ranks"), folder, saved, timeout=300
+    )
+    return request.param, results, saved
+
+
+@pytest.fixture(scope="module")
+def two_ways(folder, tmp_path_factory) -> list[dict]:
+    return ranks.run(ranks_tensor.split_two_ways, 4, tmp_path_factory.mktemp("ranks"), folder, timeout=300)
+
+
+def difference(actual: Tensor, expected: Tensor) -> float:
+    """Of the largest value expected."""
+    assert actual.shape == expected.shape and torch.isfinite(actual).all()
+    return ((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
+
+
+def assert_same(actual: Outcomes, expected: Outcomes, oracle: Outcomes) -> None:
+    """To 1e-12 in float64. In float32 to 1e-6, or 4 times what rounding does in one process, as in `numerics`: of all
+    logits, gradients, weights and so on together, as some are small."""
+    assert actual.keys() == expected.keys()
+    allowed: dict[str, float] = {}
+    for key, x in expected.items():
+        kind, rounding = key.split()[0], difference(x.double(), oracle[key].double())
+        allowed[kind] = max(allowed.get(kind, 0.0), 4 * rounding, 1e-6 if x.dtype == torch.float32 else 1e-12)
+    for key, x in expected.items():
+        if x.dtype == torch.int64:
+            assert torch.equal(actual[key], x), key
+        else:
+            assert difference(actual[key], x) <= allowed[key.split()[0]], key
+
+
+ALL = [(name, dtype) for name in ranks_tensor.CASES for dtype in ranks_tensor.DTYPES]
+
+
+@pytest.mark.parametrize("name, dtype", ALL)
+def test_processes_that_share_a_model_compute_what_one_does(name, dtype, one, split):
+    """Logits of padded rows, gates, states, greedy and beam texts; gradients, losses and weights of three steps."""
+    for results in split[1]:
+        assert_same(results[name, dtype], one[name, dtype], one[name, torch.float64])
+
+
+@pytest.mark.parametrize("name", ranks_tensor.CASES)
+def test_each_process_has_its_share_of_the_weights(name, split):
+    """But for norms and a column of biases."""
+    world, results, _ = split
+    for result in results:
+        assert result[name, torch.float32, "share"] < 1 / world + 0.02
+
+
+@pytest.mark.parametrize("name, dtype", ALL)
+def test_a_shared_model_is_saved_as_one(name, dtype, split):
+    _, results, saved = split
+    trained = {key[7:]: x for key, x in results[0][name, dtype].items() if key.startswith("weight ")}
+    config = XLSTMConfig.from_pretrained(saved / f"{name} {dtype}")
+    stored = load_file(saved / f"{name} {dtype}" / "model.safetensors")
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    assert stored.keys() | tied == weight_shapes(config).keys()
+    for key, x in stored.items():
+        assert torch.equal(x, trained[key]), key
+    model = XLSTMForCausalLM.from_pretrained(saved / f"{name} {dtype}", dtype=dtype)
+    for key, x in model.named_parameters():
+        assert torch.equal(x, trained[key].to(x.dtype)), key
+
+
+@pytest.mark.parametrize("name", ["post_up", "pre_up_slstm_biased"])
+@pytest.mark.parametrize("dtype", ranks_tensor.DTYPES)
+def test_heads_and_rows_can_both_be_split(name, dtype, one, two_ways):
+    for rank, results in enumerate(two_ways):
+        assert results[name, dtype, "share"] < 0.27
+        expected, oracle = (
+            {key: _rows(key, x, rank // 2) for key, x in one[name, d].items() if not key.startswith("state ")}
+            for d in (dtype, torch.float64)
+        )
+        assert_same(results[name, dtype], expected, oracle)
+
+
+def _rows(key: str, x: Tensor, half: int) -> Tensor:
+    """Of what has rows, those of one half of the processes."""
+    if key == "logits":
+        return x.split(ranks_tensor.MASK.view(2, -1).sum(1).tolist())[half]
+    return x.chunk(2)[half] if key.split()[0] in ("gates", "text", "beams") else x
+
+
+def test_distributed_checkpoints_are_read_by_any_number_of_processes_and_merge(folder, tmp_path):
+    saved = tmp_path / "saved"
+    results = ranks.run(ranks_tensor.checkpoints, 4, tmp_path, folder, saved, timeout=300)
+    for name in ("post_up_biased_tied", "pre_up_slstm_biased"):
+        expected = dict(ranks_tensor.whole_model(name, torch.float64).named_parameters())
+        merged = XLSTMForCausalLM.from_pretrained(saved / f"{name} merged", dtype=torch.float64)
+        found = [x for result in results for key, x in result.items() if key.startswith(f"{name} ")]
+        assert len(found) == 16
+        for actual in [dict(merged.named_parameters()), *found]:
+            assert actual.keys() == expected.keys()
+            for key, x in expected.items():
+                assert torch.equal(actual[key], x), key
+
+
+def test_a_pipeline_reads_and_generates_what_one_process_does(folder, tmp_path):
+    for results in ranks.run(ranks_tensor.stages, 2, tmp_path, folder):
+        for name in ("post_up", "pre_up_slstm"):
+            model = ranks_tensor.whole_model(name, torch.float32)
+            with torch.no_grad():
+                logits = model(ranks_tensor.IDS, attention_mask=ranks_tensor.MASK).logits[ranks_tensor.MASK.bool()]
+            text = model.generate(ranks_tensor.IDS, attention_mask=ranks_tensor.MASK, max_new_tokens=6, do_sample=False)
+            assert torch.equal(results[f"{name} logits"], logits)
+            assert torch.equal(results[f"{name} text"], text)
+
+
+@pytest.fixture(scope="module")
+def origins(folder, tmp_path_factory) -> dict[str, Path]:
+    """A model in this package's format and in those of Transformers' own xLSTM, and a classifier."""
+    path = tmp_path_factory.mktemp("origins")
+    model: Any = tiny_model("post_up", num_heads=4)
+    model.save_pretrained(path / "native")
+    for fmt in ("transformers", "transformers-fused"):
+        (path / fmt).mkdir()
+        fields = fields_to(model.config, "transformers") | {"dtype": "float32"}
+        (path / fmt / "config.json").write_text(json.dumps(fields))
+        weights = from_native(model.state_dict(), model.config, fmt, weight_shapes(model.config))
+        save_file(weights, path / fmt / "model.safetensors", metadata={"format": "pt"})
+    ranks_tensor.tiny_classifier().save_pretrained(path / "classifier")  # type: ignore[operator]
+    names = ("native", "transformers", "transformers-fused", "classifier")
+    return {name: path / name for name in names}
+
+
+@pytest.fixture(scope="module")
+def loaded(origins, tmp_path_factory) -> list[dict[str, Any]]:
+    return ranks.run(ranks_tensor.formats, 2, tmp_path_factory.mktemp("ranks"), origins)
+
+
+@pytest.mark.parametrize("fmt", ["native", "transformers", "transformers-fused"])
+def test_each_process_reads_its_rows_of_any_format(fmt, loaded):
+    expected = dict(tiny_model("post_up", num_heads=4).named_parameters())
+    for results in loaded:
+        assert results[fmt].keys() == expected.keys()
+        assert all(torch.equal(results[fmt][name], x) for name, x in expected.items())
+
+
+def test_gates_of_a_shared_model_stay_in_float32(loaded):
+    for results in loaded:
+        kept = {name for name, dtype in results["dtypes"].items() if dtype == torch.float32}
+        assert kept == {f"model.layers.{i}.mixer.gate_proj.{kind}" for i in range(2) for kind in ("weight", "bias")}
+
+
+def test_a_shared_classifier_has_the_logits_and_gradients_of_one(loaded):
+    expected = ranks_tensor.classifier_outcome()
+    for results in loaded:
+        assert results["classifier"].keys() == expected.keys()
+        for name, x in expected.items():
+            assert difference(results["classifier"][name], x) <= 5e-5, name
+
+
+@pytest.fixture(scope="module")
+def sentences(origins, tmp_path_factory) -> list[dict[str, str]]:
+    path = tmp_path_factory.mktemp("refused")
+    folders = {name: path / name for name in ("heads", "slstm heads", "nan", "pickled")} | {"native": origins["native"]}
+    tiny_model("post_up", num_heads=1).save_pretrained(folders["heads"])  # type: ignore[operator]
+    tiny_model("post_up_slstm", slstm_num_heads=1).save_pretrained(folders["slstm heads"])  # type: ignore[operator]
+    model: Any = tiny_model("post_up")
+    model.config.save_pretrained(folders["pickled"])
+    torch.save(model.state_dict(), folders["pickled"] / "pytorch_model.bin")
+    with torch.no_grad():
+        model.model.layers[1].ffn.up_proj.weight[-1, 0] = torch.nan  # of the last process's part
+    model.save_pretrained(folders["nan"])
+    return ranks.run(ranks_tensor.refusals, 2, tmp_path_factory.mktemp("ranks"), folders, path / "saved")
+
+
+@pytest.mark.parametrize(
+    "what, sentence",
+    {
+        "heads": "ValueError: num_heads must be a multiple of tp_size = 2, as each process has as many as the others, "
+        "got 1.",
+        "slstm heads": "ValueError: slstm_num_heads must be a multiple of tp_size = 2",
+        "nan": "ValueError: All weights of a checkpoint must be finite, got NaN or infinity in "
+        "model.layers.1.ffn.up_proj.up.weight.",
+        "pickled": "must be of safetensors files, got ",
+        "original format": "ValueError: save_original_format=True needs a model in one process, got one spread over 2",
+        "state": "The weights of the model must be in memory in full, not offloaded or sharded, got DTensor",
+    }.items(),
+)
+def test_what_cannot_be_shared_is_refused_in_every_process(what, sentence, sentences):
+    for of_one in sentences:
+        assert sentence in of_one[what]
+
+
+def test_no_process_has_more_than_its_share_and_a_tensor_while_it_loads(tmp_path):
+    """Of a model of 260 MB in float32, whose largest tensor is of 34 MB."""
+    config = tiny_config("post_up", hidden_size=1024, num_hidden_layers=4, num_heads=4, vocab_size=8192)
+    model = XLSTMForCausalLM(config)
+    largest = max(x.nbytes for x in model.parameters())
+    total = sum(x.nbytes for x in model.parameters())
+    model.save_pretrained(tmp_path / "model")
+    tiny_model("post_up", num_heads=4).save_pretrained(tmp_path / "warm")
+    for taken, share in ranks.run(ranks_tensor.memory_of_loading_in_two, 2, tmp_path, tmp_path / "model"):
+        assert share < 0.51 * total
+        assert taken < share + largest + (8 << 20)
+
+
+@pytest.mark.parametrize("add_out_norm", [True, False])
+@pytest.mark.parametrize(
+    "kind, fields",
+    [
+        ("post_up", {}),
+        ("pre_up", {"conv_kernel_size": 0}),
+        ("slstm", {"slstm_ffn_proj_factor": 0}),
+        ("post_up_slstm", {"use_bias": True}),
+        ("pre_up_slstm", {"conv_kernel_size": 0}),
+        ("pre_up_slstm", {"slstm_conv_kernel_size": 0, "conv_kernel_size": 0}),
+    ],
+)
+def test_plans_name_modules_that_are_there(kind, fields, add_out_norm):
+    """A rule that matches nothing is only warned of, and what no rule names is not split."""
+    model: Any = tiny_model(kind, add_out_norm=add_out_norm, **fields)
+    split_projections(model, 2)
+    names = {re.sub(r"\.\d+\b", ".*", name) for name, _ in model.named_modules()}
+    assert model.tp_plan.keys() | model.fsdp_plan.keys() | {name.split(".*")[0] for name in model.pp_plan} <= names
+    owners = {re.sub(r"\.\d+\b", ".*", name.rpartition(".")[0]) for name, _ in model.named_parameters()}
+    assert all("norm" in name and "head_norm" not in name for name in owners - model.tp_plan.keys())
