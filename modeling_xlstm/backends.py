@@ -24,6 +24,8 @@ HAS_ONEDNN_PACKING = (
 )
 # Earlier versions start over from the first token when they read a prompt in pieces, whatever a cache has seen.
 READS_ON_IN_PIECES = Version(transformers.__version__) >= Version("5.21")
+# Earlier versions take one kind of parallelism and leave out others that are asked for beside it.
+COMBINES_PARALLELISM = Version(transformers.__version__) >= Version("5.23")
 # What Transformers calls the state of a text so far, in outputs and within `generate`, and what other versions call it.
 CACHE, OTHER_NAMES = "past_key_values", ("cache", "cache_params")
 if "cache" in BaseModelOutputWithPast.__dataclass_fields__:  # since 5.24

@@ -22,7 +22,7 @@ from .cache_xlstm import LayerState
 from .checks import check_float, check_like, check_sequence, full_precision, state_dtype
 from .configuration_xlstm import XLSTMConfig
 from .fused import rms_norm, soft_cap
-from .linear import is_alone, linear
+from .linear import is_alone, is_hooked, linear
 from .mlstm import mlstm_chunkwise, mlstm_step, mlstm_steps_, mlstm_steps_gated_
 from .mlstm_torch import MLSTMState, hold_padding
 from .mlstm_torch import mlstm_step as mlstm_step_
@@ -401,7 +401,7 @@ class _MLSTMMixer(nn.Module):
             gates, options["gate_soft_cap"] = soft_cap(gates, config.gate_soft_cap), None
         igate, fgate = gates.chunk(2, -1)
         if in_place and backend == "triton" and is_few(*q.shape[:2]) and not torch.is_grad_enabled():
-            if len(gating) > 1:
+            if len(gating) > 1 or is_hooked(self.head_norm):
                 h = mlstm_steps_(q, k, v, igate, fgate, state, **options)
                 return self._gated(h, backend, keep, *gating), state
             (ogate,), norm = gating, self.head_norm

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import __version__
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -30,7 +31,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import ModelOutput, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .backends import CACHE, HAS_TRITON, OTHER_NAMES, resolve
+from .backends import CACHE, COMBINES_PARALLELISM, HAS_TRITON, OTHER_NAMES, resolve
 from .cache_xlstm import LayerState, XLSTMCache
 from .checkpoint_xlstm import from_native
 from .checks import is_finite
@@ -67,7 +68,15 @@ from .layers_xlstm import (
     small_std,
 )
 from .linear import is_alone, linear
-from .tensor_parallel import first_of_all, join_weights, opened, split_projections, split_weights, without_converters
+from .tensor_parallel import (
+    first_of_all,
+    join_weights,
+    opened,
+    pack_projections,
+    split_projections,
+    split_weights,
+    without_converters,
+)
 
 
 if HAS_TRITON:
@@ -217,6 +226,8 @@ class XLSTMPreTrainedModel(PreTrainedModel):
         names = (name for name, weight in model.named_parameters() if not _is_finite(weight))
         if name := first_of_all(next(names, None), model):
             raise ValueError(f"All weights of a checkpoint must be finite, got NaN or infinity in {name}.")
+        if model.config.ranks > 1:
+            pack_projections(model)
         ends = [getattr(x, "weight", None) for x in (model.get_output_embeddings(), model.get_input_embeddings())]
         if all(x is not None for x in ends) and ends[0] is not ends[1]:
             model.config.tie_word_embeddings = False
@@ -225,8 +236,12 @@ class XLSTMPreTrainedModel(PreTrainedModel):
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, *args: Any):
         """As in Transformers, after matrices of several projections were split (see `tensor_parallel`)."""
-        if distributed_config is not None and distributed_config.tp_size > 1:
-            split_projections(model, distributed_config.tp_size)
+        if distributed_config is not None:
+            sizes = [distributed_config.tp_size, distributed_config.fsdp_size, distributed_config.pp_size]
+            if sum(size > 1 for size in sizes) > 1 and not COMBINES_PARALLELISM:
+                raise RuntimeError(f"More than one kind of parallelism needs Transformers 5.23, got {__version__}.")
+            if distributed_config.tp_size > 1:
+                split_projections(model, distributed_config.tp_size)
         return super().maybe_distribute_model(model, distributed_config, *args)
 
     @staticmethod

@@ -106,17 +106,85 @@ def _gathered(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     return torch.cat(parts, dim)
 
 
+class _Packed(torch.autograd.Function):
+    """`x @ packed.T`; the gradients of its rows are those of `weights`, which are views of them."""
+
+    @staticmethod
+    def forward(ctx, x, packed, *weights):
+        ctx.save_for_backward(x, packed)
+        ctx.sizes = [len(weight) for weight in weights]
+        return F.linear(x, packed)
+
+    @staticmethod
+    @differentiable_once("tensor parallelism")
+    def backward(ctx, dy):
+        x, packed = ctx.saved_tensors
+        weights = (dy.flatten(0, -2).t() @ x.flatten(0, -2)).split(ctx.sizes)
+        return dy @ packed, None, *weights
+
+
 class SplitLinear(nn.ModuleDict):
-    """A linear layer as several, of which each gives some of its outputs."""
+    """A linear layer as several, of which each gives some of its outputs: in one product, where that is possible."""
 
     def __init__(self, module: nn.Linear, parts: Parts):
         super().__init__()
         self.in_features = module.in_features
+        self.packed: Tensor | None = None
         for name, size in zip(parts.names, parts.sizes(module.out_features), strict=True):
             self[name] = _part(module, size, module.in_features, module.bias is not None)
 
+    @property
+    def parts(self) -> list[Any]:
+        return list(self.values())
+
+    @torch.no_grad()
+    def pack(self) -> None:
+        """Puts what this process has of the weights into one tensor, of which they are views from then on."""
+        local = [part.weight.to_local() for part in self.parts]
+        self.packed = torch.cat(local)
+        for part, rows in zip(self.parts, self.packed.split([len(x) for x in local]), strict=True):
+            x = part.weight
+            options = {"shape": x.shape, "stride": x.stride(), "run_check": False}
+            part.weight = nn.Parameter(
+                DTensor.from_local(rows, x.device_mesh, x.placements, **options), x.requires_grad
+            )
+
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([part(x) for part in self.values()], -1)
+        weights = [part.weight.to_local() for part in self.parts] if self._is_one(x) else []
+        if weights and _follow(self.packed, weights):
+            return _Packed.apply(x, self.packed, *weights)
+        return torch.cat([part(x) for part in self.parts], -1)
+
+    def _is_one(self, x: Tensor) -> bool:
+        """Whether one product of plain tensors gives what the parts would."""
+        return (
+            self.packed is not None
+            and x.dtype == self.packed.dtype
+            and not torch.is_autocast_enabled(x.device.type)
+            and not torch.compiler.is_compiling()
+            and all(type(x) is nn.Linear and x.bias is None for x in self.parts)
+            and not any(x._forward_hooks or x._forward_pre_hooks for x in self.parts)
+        )
+
+
+def _follow(packed: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether the weights are still the rows of `packed`: they may have been moved, or replaced."""
+    address = packed.data_ptr()
+    for weight in weights:
+        if weight.data_ptr() != address or weight.dtype != packed.dtype:
+            return False
+        address += weight.nbytes
+    return True
+
+
+def pack_projections(model: nn.Module) -> None:
+    """Has the parts of a matrix computed in one product, of a model whose parts are split over processes once."""
+    for module in model.modules():
+        if isinstance(module, SplitLinear) and all(
+            type(x) is nn.Linear and isinstance(x.weight, DTensor) and x.weight.device_mesh.ndim == 1
+            for x in module.parts
+        ):
+            module.pack()
 
 
 class SplitGates(nn.ModuleDict):

@@ -1,6 +1,7 @@
 """What the processes of `test_tensor_parallel.py` compute, with a model that they share or in one of its own."""
 
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.distributed import DistributedConfig
-from transformers.distributed.checkpoint import consolidate_distributed_checkpoint
 
 from modeling_xlstm import XLSTMForSequenceClassification
-from modeling_xlstm.tensor_parallel import join_weights
+from modeling_xlstm.tensor_parallel import SplitLinear, join_weights
 
 
 Case = dict[str, Any]
@@ -149,6 +149,8 @@ def split_two_ways(rank: int, folder: Path) -> dict[Any, Any]:
 
 def checkpoints(rank: int, folder: Path, saved: Path) -> dict[str, Any]:
     """Distributed checkpoints, of meshes that differ from those that read them, and merged ones."""
+    from transformers.distributed.checkpoint import consolidate_distributed_checkpoint  # since 5.23
+
     results: dict[str, Any] = {}
     for name in ("post_up_biased_tied", "pre_up_slstm_biased"):
         model = shared_model(folder / name, torch.float64, tp_size=2, fsdp_size=2)
@@ -174,6 +176,26 @@ def stages(rank: int, folder: Path) -> dict[str, Tensor]:
     return results
 
 
+DEMO = Path(__file__).parents[1] / "checkpoints" / "xlstm-demo"
+
+
+def trained(dtype: torch.dtype, sharing: DistributedConfig | None = None) -> dict[str, Tensor]:
+    """Logits of the demo, which has learned something, and losses of three more steps."""
+    model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=dtype, dropout=0.0, distributed_config=sharing)
+    ids = torch.randint(2, 4096, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        result = {"logits": model(ids).logits}
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=False)
+    for step in range(3):
+        loss = model(ids, labels=ids).loss
+        result[f"loss {step}"] = loss.detach()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return result
+
+
 def formats(rank: int, folders: dict[str, Path]) -> dict[str, Any]:
     """Checkpoints of other formats, of other dtypes, and of a classifier."""
     results: dict[str, Any] = {
@@ -181,6 +203,8 @@ def formats(rank: int, folders: dict[str, Path]) -> dict[str, Any]:
         for name, folder in folders.items()
         if name != "classifier"
     }
+    results["trained"] = trained(torch.float32, DistributedConfig(tp_size=2))
+    results["products"] = products(shared_model(folders["native"], torch.float32, tp_size=2))
     model = shared_model(folders["native"], torch.bfloat16, tp_size=2)
     results["dtypes"] = {name: x.dtype for name, x in weights(model).items()}
     config = DistributedConfig(tp_size=2)
@@ -191,6 +215,26 @@ def formats(rank: int, folders: dict[str, Path]) -> dict[str, Any]:
     grads = join_weights({name: whole(x.grad) for name, x in model.named_parameters()}, model.config)
     results["classifier"] = {"logits": outputs.logits.detach(), **grads}
     return results
+
+
+def products(model: Any) -> dict[str, Any]:
+    """Logits, and how many of the parts of matrices were multiplied by themselves: at first, and in another dtype."""
+    calls: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, SplitLinear) and "gate_proj" not in name:
+            for part in module.parts:
+                part.forward = partial(_counted, calls, part.forward)
+    results = {}
+    for when, dtype in (("at first", torch.float32), ("moved", torch.float64)):
+        calls.clear()
+        with torch.no_grad():
+            results[when] = model.to(dtype)(IDS).logits, len(calls)
+    return results
+
+
+def _counted(calls: list[str], forward: Any, x: Tensor) -> Tensor:
+    calls.append("")
+    return forward(x)
 
 
 def refusals(rank: int, folders: dict[str, Path], saved: Path) -> dict[str, str]:

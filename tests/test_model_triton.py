@@ -101,6 +101,22 @@ def test_padded_prefill_and_steps_are_those_of_pytorch(kind):
     torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_a_norm_of_heads_with_something_around_it_is_called_at_each_step():
+    """As where its weight is a part of the one that it has."""
+    calls, logits = [], []
+    for watched in (False, True):
+        model = pair("post_up")[1]
+        if watched:
+            model.model.layers[0].mixer.head_norm.register_forward_hook(lambda *_: calls.append(1))
+        cache = model(ids(2, 6), use_cache=True).past_key_values
+        calls.clear()
+        logits.append([model(ids(2, 1), past_key_values=cache).logits for _ in range(2)])
+    assert len(calls) == 2
+    for actual, expected in zip(logits[1], logits[0], strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_gates_are_those_of_pytorch_and_looking_changes_nothing(kind):

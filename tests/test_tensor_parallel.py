@@ -185,6 +185,23 @@ def test_gates_of_a_shared_model_stay_in_float32(loaded):
         assert kept == {f"model.layers.{i}.mixer.gate_proj.{kind}" for i in range(2) for kind in ("weight", "bias")}
 
 
+def test_a_trained_model_that_is_shared_goes_on_as_one(loaded):
+    expected, oracle = ranks_tensor.trained(torch.float32), ranks_tensor.trained(torch.float64)
+    for results in loaded:
+        assert_same(results["trained"], expected, oracle)
+
+
+def test_parts_of_a_matrix_are_multiplied_together_as_long_as_they_follow_each_other(loaded):
+    """Two blocks have q, k, v and o, and gate and up."""
+    for dtype, when, calls in ((torch.float32, "at first", 0), (torch.float64, "moved", 12)):
+        with torch.no_grad():
+            expected = tiny_model("post_up", num_heads=4).to(dtype)(ranks_tensor.IDS).logits
+        for results in loaded:
+            logits, separate = results["products"][when]
+            assert separate == calls
+            assert difference(logits, expected) <= (5e-6 if dtype == torch.float32 else 1e-12)
+
+
 def test_a_shared_classifier_has_the_logits_and_gradients_of_one(loaded):
     expected = ranks_tensor.classifier_outcome()
     for results in loaded:
