@@ -18,6 +18,7 @@ BENCHMARKS = {
     "ops": "single ops on one GPU beside their peers",
     "kernels": "single Triton kernels of the mLSTM on one GPU",
     "resources": "what these kernels need of a GPU, as the compiler has it",
+    "scaling": "what a step costs on many GPUs, by formulas",
     "pictures": "the tables of notebooks/benchmarks.md, drawn",
 }
 EXAMPLES = """examples:
