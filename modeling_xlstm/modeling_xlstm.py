@@ -68,15 +68,8 @@ from .layers_xlstm import (
     small_std,
 )
 from .linear import is_alone, linear
-from .tensor_parallel import (
-    first_of_all,
-    join_weights,
-    opened,
-    pack_projections,
-    split_projections,
-    split_weights,
-    without_converters,
-)
+from .split_checkpoint import join_weights, opened, split_weights, without_converters
+from .tensor_parallel import first_of_all, pack_projections, split_projections
 
 
 if HAS_TRITON:

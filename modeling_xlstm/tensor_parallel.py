@@ -12,9 +12,9 @@ A matrix of several (rows [q | k | v | o]) is several linear layers here, each s
 the same: of that which is read each process reads its rows, and where weights are saved they are put together.
 """
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from functools import partial
 from typing import Any
@@ -22,16 +22,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from transformers.core_model_loading import Concatenate
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 
-from .checkpoint_xlstm import FUSED, SINGLE
-from .configuration_xlstm import XLSTMConfig
 from .custom_op import differentiable_once
 from .layers_xlstm import GateActivations, GateLinear, MLSTMLayer, SLSTMLayer
 from .parallel_plan import Parts, check_divisible, parts_of
@@ -216,13 +212,16 @@ def _part(module: nn.Linear, outputs: int, inputs: int, bias: bool) -> nn.Linear
 def split_projections(model: Any, ranks: int) -> None:
     """Makes several linear layers of those that stand in one, for as many processes.
 
-    Raises ValueError if the heads or channels of the model cannot be shared evenly.
+    Raises ValueError if the heads or channels of the model cannot be shared evenly, or its weights are quantised.
     """
     check_divisible(model.config, ranks)
     for name, parts in parts_of(model.config).items():
         owner, attribute = name.split(".")
         for block in _blocks(model):
             module = getattr(getattr(block, owner), attribute, None)
+            if module is not None and type(module) not in (nn.Linear, GateLinear):
+                kind = type(module).__name__
+                raise ValueError(f"A model must not be quantised to be shared by heads, got a {kind} for {name}.")
             if module is not None:
                 setattr(getattr(block, owner), attribute, (SplitGates if parts.dim else SplitLinear)(module, parts))
     for block in _blocks(model):
@@ -257,8 +256,9 @@ class _Style(TensorParallelLayer):
             split = distribute_tensor(x, mesh, [Shard(self.dim)], src_data_rank=None)
             module._parameters[param] = nn.Parameter(split, requires_grad=x.requires_grad)
 
-    def install_forward(self, module: nn.Module, mesh: DeviceMesh, **_: Any) -> nn.Module:
-        module.forward = partial(self.forward, module, mesh.get_group(), module.forward)
+    def install_forward(self, module: Any, mesh: DeviceMesh, **_: Any) -> nn.Module:
+        module.group = mesh.get_group()
+        module.forward = partial(self.forward, module, module.group, module.forward)
         return module
 
     def forward(self, module: Any, group: ProcessGroup, forward: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -330,35 +330,6 @@ for name, style in STYLES.items():
     ALL_PARALLEL_STYLES.register(name, style())  # type: ignore[arg-type]  # as it registers its own
 
 
-@contextmanager
-def opened(weights: Mapping[str, Any] | None, files: Sequence[str] | None) -> Iterator[Mapping[str, Any]]:
-    """Weights by name, as they are given, or of safetensors files that are read when a weight is indexed.
-
-    Raises ValueError if a file is of another format, of which all would have to be read.
-    """
-    if weights is not None:
-        yield weights
-        return
-    with ExitStack() as stack:
-        found: dict[str, Any] = {}
-        for path in files or ():
-            if not str(path).endswith(".safetensors"):
-                raise ValueError(f"A checkpoint for tensor parallelism must be of safetensors files, got {path}.")
-            file = stack.enter_context(safe_open(path, framework="pt"))
-            found |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-        yield found
-
-
-def without_converters(load_config: Any) -> Any:
-    """What `from_pretrained` is to do, but for what `split_weights` does in its place."""
-    mapping = [x for x in load_config.weight_mapping or () if not _joins(x)]
-    return dataclasses.replace(load_config, weight_mapping=mapping)
-
-
-def _joins(transform: Any) -> bool:
-    return any(isinstance(operation, Concatenate) for operation in getattr(transform, "operations", ()))
-
-
 def first_of_all(name: str | None, model: Any) -> str | None:
     """The first of the names that the processes have which share `model`, the same in each; that given in one alone."""
     if model.config.processes == 1:
@@ -368,70 +339,15 @@ def first_of_all(name: str | None, model: Any) -> str | None:
     return next(filter(None, names), None)
 
 
-class _Piece:
-    """A part of a tensor in a file, along an axis: read where it is indexed, and no more than that."""
-
-    def __init__(self, source: Any, dim: int, start: int, size: int):
-        self.source, self.dim, self.start, self.size = source, dim, start, size
-
-    def get_shape(self) -> list[int]:
-        shape = list(_shape(self.source))
-        shape[self.dim] = self.size
-        return shape
-
-    def __getitem__(self, index: Any) -> Tensor:
-        ranges = [slice(0, size) for size in self.get_shape()]
-        for i, given in enumerate(index if isinstance(index, tuple) else (index,)):
-            if given is not Ellipsis:
-                ranges[i] = given
-        start, stop, _ = ranges[self.dim].indices(self.size)
-        ranges[self.dim] = slice(self.start + start, self.start + stop)
-        return self.source[tuple(ranges)]
-
-
-def _shape(x: Any) -> list[int]:
-    return list(x.shape) if isinstance(x, Tensor) else x.get_shape()
-
-
-def split_weights(weights: Mapping[str, Any], config: XLSTMConfig) -> dict[str, Any]:
-    """Names and weights of a model whose projections are split, from those of a checkpoint, read when they are needed.
-
-    The checkpoint may be of this package, its matrices in one or split, or in Transformers' format.
-    """
-    parts = parts_of(config)
-    modules = {f".{module}.": module for module in parts}
-    modules |= {f".{name}.": module for module, name in FUSED.items()}
-    renamed = {
-        f".{name}.": f".{module}.{part}."
-        for module, entry in SINGLE.items()
-        if module in parts and not parts[module].dim
-        for name, part in zip(entry[1:], parts[module].names, strict=True)
-    }
-    result: dict[str, Any] = {}
-    for name, x in weights.items():
-        stem, kind = name[: name.rfind(".") + 1], name[name.rfind(".") + 1 :]
-        prefix, module = next(
-            ((stem[: -len(end)], to) for end, to in modules.items() if stem.endswith(end)), (None, "")
+def check_alike(model: Any, what: str, x: Tensor) -> None:
+    """Raises ValueError, in each of the processes that share `model`, unless x, which is `what`, is the same in all."""
+    group = model.base_model.layers[0].mixer.group
+    mine = hashlib.sha256(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()).digest()
+    found: list[bytes] = [b""] * dist.get_world_size(group)
+    dist.all_gather_object(found, mine, group)
+    others = [i for i, digest in enumerate(found) if digest != found[0]]
+    if others:
+        raise ValueError(
+            f"Processes that share a model must be given the same {what}, got another in process {others[0]} of them "
+            "than in process 0."
         )
-        if single := next((end for end in renamed if stem.endswith(end)), None):
-            result[stem[: -len(single)] + renamed[single] + kind] = x
-        elif prefix is None or (kind == "bias" and parts[module].dim):
-            result[name] = x
-        else:
-            dim, start = parts[module].dim, 0
-            for part, size in zip(parts[module].names, parts[module].sizes(_shape(x)[dim]), strict=True):
-                result[f"{prefix}.{module}.{part}.{kind}"] = _Piece(x, dim, start, size)
-                start += size
-    return result
-
-
-def join_weights(weights: dict[str, Tensor], config: XLSTMConfig) -> dict[str, Tensor]:
-    """The opposite of `split_weights`: matrices in one, as they are saved. `weights` is emptied of what is joined."""
-    joined: dict[str, Tensor] = {}
-    for module, parts in parts_of(config).items():
-        first = f".{module}.{parts.names[0]}."
-        for name in [name for name in weights if first in name]:
-            prefix, _, kind = name.partition(first)
-            pieces = [weights.pop(f"{prefix}.{module}.{part}.{kind}") for part in parts.names]
-            joined[f"{prefix}.{module}.{kind}"] = torch.cat(pieces, parts.dim)
-    return joined | weights

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.distributed import DistributedConfig
 
 from modeling_xlstm import XLSTMForSequenceClassification
-from modeling_xlstm.tensor_parallel import SplitLinear, join_weights
+from modeling_xlstm.split_checkpoint import join_weights
+from modeling_xlstm.tensor_parallel import SplitLinear
 
 
 Case = dict[str, Any]
@@ -237,9 +238,9 @@ def _counted(calls: list[str], forward: Any, x: Tensor) -> Tensor:
     return forward(x)
 
 
-def refusals(rank: int, folders: dict[str, Path], saved: Path) -> dict[str, str]:
+def refusals(rank: int, folders: dict[str, Path], saved: Path) -> dict[str, Any]:
     """What is said where heads cannot be split, a weight is NaN, and a shared model cannot be saved as asked."""
-    results: dict[str, str] = {}
+    results: dict[str, Any] = {}
 
     def said(what: str, function: Any, *args: Any, **kwargs: Any) -> None:
         try:
@@ -251,6 +252,11 @@ def refusals(rank: int, folders: dict[str, Path], saved: Path) -> dict[str, str]
         said(name, shared_model, folders[name], torch.float32, tp_size=2)
     model = shared_model(folders["native"], torch.float32, tp_size=2)
     said("original format", model.save_pretrained, saved, save_original_format=True)
+    said("another text", model.generate, IDS + rank, max_new_tokens=2)
+    torch.manual_seed(rank)
+    said("another seed", model.generate, IDS, max_new_tokens=2, do_sample=True)
+    torch.manual_seed(0)
+    results["sampled"] = model.generate(IDS, max_new_tokens=8, do_sample=True)
     cache = model(IDS).past_key_values
     said("state", cache.save, saved / "state", model)
     return results

@@ -211,7 +211,7 @@ def test_a_shared_classifier_has_the_logits_and_gradients_of_one(loaded):
 
 
 @pytest.fixture(scope="module")
-def sentences(origins, tmp_path_factory) -> list[dict[str, str]]:
+def sentences(origins, tmp_path_factory) -> list[dict[str, Any]]:
     path = tmp_path_factory.mktemp("refused")
     folders = {name: path / name for name in ("heads", "slstm heads", "nan", "pickled")} | {"native": origins["native"]}
     tiny_model("post_up", num_heads=1).save_pretrained(folders["heads"])  # type: ignore[operator]
@@ -234,6 +234,9 @@ def sentences(origins, tmp_path_factory) -> list[dict[str, str]]:
         "nan": "ValueError: All weights of a checkpoint must be finite, got NaN or infinity in "
         "model.layers.1.ffn.up_proj.up.weight.",
         "pickled": "must be of safetensors files, got ",
+        "another text": "ValueError: Processes that share a model must be given the same text, got another in process "
+        "1 of them than in process 0.",
+        "another seed": "must be given the same seed, by torch.manual_seed, to draw the same tokens, got another in",
         "original format": "ValueError: save_original_format=True needs a model in one process, got one spread over 2",
         "state": "The weights of the model must be in memory in full, not offloaded or sharded, got DTensor",
     }.items(),
@@ -241,6 +244,19 @@ def sentences(origins, tmp_path_factory) -> list[dict[str, str]]:
 def test_what_cannot_be_shared_is_refused_in_every_process(what, sentence, sentences):
     for of_one in sentences:
         assert sentence in of_one[what]
+
+
+def test_processes_with_one_seed_draw_the_same_text(sentences):
+    assert torch.equal(sentences[0]["sampled"], sentences[1]["sampled"])
+
+
+def test_quantised_weights_are_not_shared():
+    model: Any = tiny_model("post_up")
+    model.model.layers[0].ffn.up_proj = type("Linear4bit", (torch.nn.Linear,), {})(32, 176)
+    with pytest.raises(
+        ValueError, match="must not be quantised to be shared by heads, got a Linear4bit for ffn.up_proj"
+    ):
+        split_projections(model, 2)
 
 
 def test_no_process_has_more_than_its_share_and_a_tensor_while_it_loads(tmp_path):

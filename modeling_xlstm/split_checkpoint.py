@@ -1,0 +1,113 @@
+"""Weights of a model whose matrices are several each (see `tensor_parallel`), from and to those of a checkpoint.
+
+A checkpoint may be of this package, its matrices in one, or in parts if it was distributed, or in Transformers' format.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers.core_model_loading import Concatenate
+
+from .checkpoint_xlstm import FUSED, SINGLE
+from .configuration_xlstm import XLSTMConfig
+from .parallel_plan import parts_of
+
+
+@contextmanager
+def opened(weights: Mapping[str, Any] | None, files: Sequence[str] | None) -> Iterator[Mapping[str, Any]]:
+    """Weights by name, as they are given, or of safetensors files that are read when a weight is indexed.
+
+    Raises ValueError if a file is of another format, of which all would have to be read.
+    """
+    if weights is not None:
+        yield weights
+        return
+    with ExitStack() as stack:
+        found: dict[str, Any] = {}
+        for path in files or ():
+            if not str(path).endswith(".safetensors"):
+                raise ValueError(f"A checkpoint for tensor parallelism must be of safetensors files, got {path}.")
+            file = stack.enter_context(safe_open(path, framework="pt"))
+            found |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+        yield found
+
+
+def without_converters(load_config: Any) -> Any:
+    """What `from_pretrained` is to do, but for what `split_weights` does in its place."""
+    mapping = [x for x in load_config.weight_mapping or () if not _joins(x)]
+    return dataclasses.replace(load_config, weight_mapping=mapping)
+
+
+def _joins(transform: Any) -> bool:
+    return any(isinstance(operation, Concatenate) for operation in getattr(transform, "operations", ()))
+
+
+class _Piece:
+    """A part of a tensor in a file, along an axis: read where it is indexed, and no more than that."""
+
+    def __init__(self, source: Any, dim: int, start: int, size: int):
+        self.source, self.dim, self.start, self.size = source, dim, start, size
+
+    def get_shape(self) -> list[int]:
+        shape = list(_shape(self.source))
+        shape[self.dim] = self.size
+        return shape
+
+    def __getitem__(self, index: Any) -> Tensor:
+        ranges = [slice(0, size) for size in self.get_shape()]
+        for i, given in enumerate(index if isinstance(index, tuple) else (index,)):
+            if given is not Ellipsis:
+                ranges[i] = given
+        start, stop, _ = ranges[self.dim].indices(self.size)
+        ranges[self.dim] = slice(self.start + start, self.start + stop)
+        return self.source[tuple(ranges)]
+
+
+def _shape(x: Any) -> list[int]:
+    return list(x.shape) if isinstance(x, Tensor) else x.get_shape()
+
+
+def split_weights(weights: Mapping[str, Any], config: XLSTMConfig) -> dict[str, Any]:
+    """Names and weights of a model whose projections are split, from those of a checkpoint, read when needed."""
+    parts = parts_of(config)
+    modules = {f".{module}.": module for module in parts}
+    modules |= {f".{name}.": module for module, name in FUSED.items()}
+    renamed = {
+        f".{name}.": f".{module}.{part}."
+        for module, entry in SINGLE.items()
+        if module in parts and not parts[module].dim
+        for name, part in zip(entry[1:], parts[module].names, strict=True)
+    }
+    result: dict[str, Any] = {}
+    for name, x in weights.items():
+        stem, kind = name[: name.rfind(".") + 1], name[name.rfind(".") + 1 :]
+        prefix, module = next(
+            ((stem[: -len(end)], to) for end, to in modules.items() if stem.endswith(end)), (None, "")
+        )
+        if single := next((end for end in renamed if stem.endswith(end)), None):
+            result[stem[: -len(single)] + renamed[single] + kind] = x
+        elif prefix is None or (kind == "bias" and parts[module].dim):
+            result[name] = x
+        else:
+            dim, start = parts[module].dim, 0
+            for part, size in zip(parts[module].names, parts[module].sizes(_shape(x)[dim]), strict=True):
+                result[f"{prefix}.{module}.{part}.{kind}"] = _Piece(x, dim, start, size)
+                start += size
+    return result
+
+
+def join_weights(weights: dict[str, Tensor], config: XLSTMConfig) -> dict[str, Tensor]:
+    """The opposite of `split_weights`: matrices in one, as they are saved. `weights` is emptied of what is joined."""
+    joined: dict[str, Tensor] = {}
+    for module, parts in parts_of(config).items():
+        first = f".{module}.{parts.names[0]}."
+        for name in [name for name in weights if first in name]:
+            prefix, _, kind = name.partition(first)
+            pieces = [weights.pop(f"{prefix}.{module}.{part}.{kind}") for part in parts.names]
+            joined[f"{prefix}.{module}.{kind}"] = torch.cat(pieces, parts.dim)
+    return joined | weights
