@@ -633,7 +633,7 @@ class SLSTMLayer(nn.Module):
             h, cell = slstm_scan(gates, self.recurrent_weight, cell, **options)
         if on_gates is not None:
             on_gates(self._activations(gates, h, None if before is None else before.h, cu_seqlens).at(mask))
-        return self.head_norm(last(h, keep).to(x.dtype)), LayerState(cell, conv)
+        return self.head_norm(last(h, keep).to(x.dtype)).to(x.dtype), LayerState(cell, conv)
 
     def _activations(
         self, gates: Tensor, h: Tensor, first: Tensor | None, cu_seqlens: Tensor | None

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import __version__
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -31,12 +30,13 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import ModelOutput, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .backends import CACHE, COMBINES_PARALLELISM, HAS_TRITON, OTHER_NAMES, resolve
+from .backends import CACHE, HAS_TRITON, OTHER_NAMES, resolve
 from .cache_xlstm import LayerState, XLSTMCache
 from .checkpoint_xlstm import from_native
 from .checks import is_finite
 from .configuration_formats import fields_to
 from .configuration_xlstm import XLSTMConfig
+from .distribution_xlstm import DistributionMixin
 from .fused import causal_lm_loss, causal_lm_loss_in_parts, soft_cap
 from .generation_xlstm import XLSTMGenerationMixin
 from .graphs_xlstm import ACTIVE
@@ -68,8 +68,7 @@ from .layers_xlstm import (
     small_std,
 )
 from .linear import is_alone, linear
-from .split_checkpoint import join_weights, opened, split_weights, without_converters
-from .tensor_parallel import first_of_all, pack_projections, split_projections
+from .tensor_parallel import first_of_all, pack_projections
 
 
 if HAS_TRITON:
@@ -168,7 +167,7 @@ def named(cache: XLSTMCache | None) -> dict[str, Any]:
     return {CACHE: cache}
 
 
-class XLSTMPreTrainedModel(PreTrainedModel):
+class XLSTMPreTrainedModel(DistributionMixin, PreTrainedModel):
     """Initialisation, loading and the generation hooks of all xLSTM models."""
 
     config: XLSTMConfig
@@ -225,34 +224,6 @@ class XLSTMPreTrainedModel(PreTrainedModel):
         if all(x is not None for x in ends) and ends[0] is not ends[1]:
             model.config.tie_word_embeddings = False
         return result
-
-    @classmethod
-    def maybe_distribute_model(cls, model: Any, distributed_config: Any, *args: Any):
-        """As in Transformers, after matrices of several projections were split (see `tensor_parallel`)."""
-        if distributed_config is not None:
-            sizes = [distributed_config.tp_size, distributed_config.fsdp_size, distributed_config.pp_size]
-            if sum(size > 1 for size in sizes) > 1 and not COMBINES_PARALLELISM:
-                raise RuntimeError(f"More than one kind of parallelism needs Transformers 5.23, got {__version__}.")
-            if distributed_config.tp_size > 1:
-                split_projections(model, distributed_config.tp_size)
-        return super().maybe_distribute_model(model, distributed_config, *args)
-
-    @staticmethod
-    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any):
-        """As in Transformers; under tensor parallelism each process reads its rows of what is one matrix in a file."""
-        load = partial(PreTrainedModel._load_pretrained_model, model)
-        if model.config.ranks == 1:
-            return load(state_dict, checkpoint_files, load_config, *args)
-        with opened(state_dict, checkpoint_files) as weights:
-            split = split_weights(weights, model.config)
-            return load(split, checkpoint_files, without_converters(load_config), *args)
-
-    def gather_sharded_state_dict_for_save(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """As in Transformers, matrices of several projections in one again."""
-        weights = super().gather_sharded_state_dict_for_save(*args, **kwargs)
-        if self.config.processes > 1:  # where weights are gathered, tied ones are two
-            weights = {name: x for name, x in weights.items() if name not in self.all_tied_weights_keys}
-        return weights if self.config.ranks == 1 else join_weights(weights, self.config)
 
     def train(self, mode: bool = True):
         """As in PyTorch. From now on bitsandbytes' 4-bit weights keep their order, as gradients through that for a CPU
@@ -524,8 +495,7 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, XLSTMGenerationMixin):
     """Language model: the stack and a projection to (optionally soft-capped) logits."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-    _fsdp_plan = {"lm_head": "keep_full_weight"}
+    _tp_plan = {"lm_head": "xlstm_head"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]  # its form, not its annotation
 
     def __init__(self, config: XLSTMConfig):

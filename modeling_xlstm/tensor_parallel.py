@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, ColwiseParallel, TensorParallelLayer
 
 from .custom_op import differentiable_once
 from .layers_xlstm import GateActivations, GateLinear, MLSTMLayer, SLSTMLayer
@@ -354,6 +354,18 @@ class _Mixer(_Style):
         return (_Gather.apply(y, -1, group) if is_slstm else y), state
 
 
+class _Head(ColwiseParallel):
+    """Logits of a part of the vocabulary each, gathered. Tied to an embedding, the weight is that once it is split."""
+
+    def __init__(self) -> None:
+        super().__init__(output_layouts=Replicate())
+
+    def install_forward(self, module: Any, mesh: DeviceMesh, **kwargs: Any) -> nn.Module:
+        if (embedding := vars(module).pop("tied", None)) is not None:
+            module.weight = embedding.weight
+        return super().install_forward(module, mesh, **kwargs)
+
+
 STYLES = {
     "xlstm_rows": _Style,
     "xlstm_columns": _Columns,
@@ -361,6 +373,7 @@ STYLES = {
     "xlstm_gates": _GatesStyle,
     "xlstm_ffn": _FeedForward,
     "xlstm_mixer": _Mixer,
+    "xlstm_head": _Head,
 }
 for name, style in STYLES.items():
     ALL_PARALLEL_STYLES.register(name, style())  # type: ignore[arg-type]  # as it registers its own

@@ -30,6 +30,7 @@ CASES: dict[str, Case] = {
     "bare": {"kind": "pre_up_slstm", "conv_kernel_size": 0, "slstm_conv_kernel_size": 0, "slstm_ffn_proj_factor": 0},
     "narrow_slstm": {"kind": "post_up_slstm", "num_heads": 8, "slstm_num_heads": 4, "add_out_norm": False},
 }
+TWO_WAYS = ("post_up_biased_tied", "sigmoid_checkpointed", "pre_up_slstm_biased")
 DTYPES = (torch.float64, torch.float32)
 IDS, MASK = random_ids(4, 23), torch.ones(4, 23, dtype=torch.int64)
 MASK[0, :9], MASK[1, 17:] = 0, 0
@@ -140,7 +141,7 @@ def split_over_all(rank: int, folder: Path, saved: Path) -> dict[Any, Any]:
 def split_two_ways(rank: int, folder: Path) -> dict[Any, Any]:
     """Two pairs of processes: a pair shares heads, and each has half of the rows; FSDP2 splits weights once more."""
     results: dict[Any, Any] = {}
-    for name in ("post_up", "pre_up_slstm_biased"):
+    for name in TWO_WAYS:
         for dtype in DTYPES:
             model = shared_model(folder / name, dtype, tp_size=2, fsdp_size=2)
             results[name, dtype, "share"] = share_of(model)
@@ -253,6 +254,7 @@ def refusals(rank: int, folders: dict[str, Path], saved: Path) -> dict[str, Any]
 
     for name in ("heads", "slstm heads", "nan", "pickled"):
         said(name, shared_model, folders[name], torch.float32, tp_size=2)
+    said("nan, parts of weights", shared_model, folders["nan"], torch.float32, fsdp_size=2)
     model = shared_model(folders["native"], torch.float32, tp_size=2)
     said("original format", model.save_pretrained, saved, save_original_format=True)
     said("another text", model.generate, IDS + rank, max_new_tokens=2)

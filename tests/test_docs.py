@@ -136,6 +136,8 @@ def test_the_commands_of_a_page_exist(name):
             assert isinstance(json.loads(argv[-1]), dict), line  # sent in test_serve.py
         elif program == "make":
             assert set(argv) <= set(targets), line
+        elif scripts := [word for word in argv if word.endswith(".py")]:
+            assert (ROOT / scripts[0]).is_file(), line  # run in test_ddp.py, test_fsdp.py and test_engines_*.py
         elif argv[:2] == ["-m", "modeling_xlstm"]:
             build_parser().parse_args(argv[2:])
         elif argv[:2] == ["-m", "convert"]:
@@ -150,7 +152,7 @@ COMMANDS = sorted(
         for text in PAGES.values()
         for code, error in blocks(text, "bash")
         for line in code.splitlines()
-        if line.startswith("python ") and not error and " serve " not in line  # which test_serve.py runs
+        if line.startswith("python -m") and not error and " serve " not in line  # which test_serve.py runs
     }
 )
 
