@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export PROMPT
 
-.PHONY: demo test test-torch test-triton check format notebooks clean
+.PHONY: demo test test-torch test-triton test-engines check format notebooks clean
 
 # One thread: a model this small gains nothing from more, and waits for them where other programs use the cores.
 demo: $(VENV)/installed-runtime  ## stream a continuation; make demo PROMPT="A generator is"
@@ -23,6 +23,9 @@ test-torch: $(VENV)/installed-test
 
 test-triton: $(VENV)/installed-test  ## kernels in Triton's interpreter, on a CPU
 	TRITON_INTERPRET=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/test_*_triton*.py
+
+test-engines: $(VENV)/installed-engines  ## DeepSpeed and Ray Train, in processes on a CPU
+	DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/test_engines_*.py
 
 check: $(VENV)/installed-test  ## lint, format, types
 	$(BIN)/ruff check
@@ -46,6 +49,10 @@ $(VENV)/installed-runtime: setup.cfg constraints.txt pyproject.toml | $(BIN)/pyt
 
 $(VENV)/installed-test: setup.cfg constraints.txt pyproject.toml | $(BIN)/python
 	$(PIP_INSTALL) --editable ".[test]"
+	@touch $@
+
+$(VENV)/installed-engines: setup.cfg constraints.txt pyproject.toml | $(BIN)/python
+	$(PIP_INSTALL) --editable ".[engines]"
 	@touch $@
 
 $(BIN)/python:

@@ -229,15 +229,20 @@ def without_prefix(value: Any) -> Any:
     return [without_prefix(x) for x in value] if isinstance(value, list) else value
 
 
+def loading(rank: int, folder: Path, world: int) -> dict[str, int]:
+    """The most memory that loading takes, and the size of this process's part."""
+    return peak_of(lambda name: load(folder / name, world))
+
+
 def anonymous_memory() -> int:
     """Bytes that this process has for itself: not those of a file that is mapped."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon"))
     return 1024 * int(line.split()[1])
 
 
-def loading(rank: int, folder: Path, world: int) -> dict[str, int]:
-    """The most memory that loading takes, looked at all the time, and the size of this process's part."""
-    load(folder / "post_up", world)  # what else loading needs
+def peak_of(loader: Callable[[str], nn.Module]) -> dict[str, int]:
+    """The most memory that it takes to load the model `large`, looked at all the time, and the size of what it has."""
+    loader("post_up")  # what else loading needs
     before, most, done = anonymous_memory(), 0, threading.Event()
 
     def watch() -> None:
@@ -247,7 +252,7 @@ def loading(rank: int, folder: Path, world: int) -> dict[str, int]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    model = load(folder / "large", world)
+    model = loader("large")
     done.set()
     watcher.join()
     local = [x.to_local() if isinstance(x, DTensor) else x for x in model.parameters()]
@@ -285,17 +290,22 @@ def page_commands(launcher: str) -> list[str]:
     return [line for line in page.splitlines() if line.startswith(launcher)]
 
 
-def run_command(line: str, folder: Path, settings: dict[str, str] | None = None) -> Path:
-    """Where a command of the page has written to, run in two processes like those of its launcher."""
+def run_printing(line: str, folder: Path, settings: dict[str, str] | None = None) -> list[str]:
+    """What a command of the page prints in each of two processes like those of its launcher."""
     words = shlex.split(line)
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    output = folder / words[words.index("--output_dir") + 1]
     for name in ("checkpoints", "notebooks"):
         if not (folder / name).exists():
             (folder / name).symlink_to(ROOT / name)
     processes = Path(tempfile.mkdtemp(dir=folder))
-    ranks.run(example, 2, processes, folder, words[script:], settings, timeout=300)
-    return output
+    return ranks.run(example, 2, processes, folder, words[script:], settings, timeout=300)
+
+
+def run_command(line: str, folder: Path, settings: dict[str, str] | None = None) -> Path:
+    """Where a command of the page has written to."""
+    run_printing(line, folder, settings)
+    words = shlex.split(line)
+    return folder / words[words.index("--output_dir") + 1]
 
 
 def assert_loads(output: Path) -> None:

@@ -1,6 +1,5 @@
 """What the processes of `test_tensor_parallel.py` compute, with a model that they share or in one of its own."""
 
-import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from models import VOCAB, gradients, random_ids, tiny_model, use_checkpointing
+from ranks_data import peak_of, whole
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -47,11 +47,6 @@ def save_all(folder: Path) -> None:
     """Checkpoints of all cases."""
     for name in CASES:
         whole_model(name, torch.float64).save_pretrained(folder / name)
-
-
-def whole(x: Tensor) -> Tensor:
-    """All of a tensor of which this process may have a part."""
-    return x.full_tensor() if isinstance(x, DTensor) else x.detach().clone()
 
 
 def weights(model: Any) -> dict[str, Tensor]:
@@ -267,35 +262,9 @@ def refusals(rank: int, folders: dict[str, Path], saved: Path) -> dict[str, Any]
     return results
 
 
-class Watch(threading.Thread):
-    """The most memory, in bytes, that this process has at a time of its own, not that of files which it maps."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.most, self.ended = 0, threading.Event()
-
-    def run(self) -> None:
-        while not self.ended.wait(0.001):
-            self.most = max(self.most, own_memory())
-
-
-def own_memory() -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1]) << 10
-
-
-def memory_of_loading_in_two(rank: int, folder: Path) -> tuple[int, int]:
-    """Bytes that a process takes at most while it loads its share of a model, and those of the share."""
-    sizes = {"tp_size": 2}
-    shared_model(folder.parent / "warm", torch.float32, **sizes)  # imports, threads and buffers
-    watch = Watch()
-    before = own_memory()
-    watch.start()
-    model = shared_model(folder, torch.float32, **sizes)
-    watch.ended.set()
-    watch.join()
-    share = sum((x.to_local() if isinstance(x, DTensor) else x).nbytes for x in model.parameters())
-    return watch.most - before, share
+def memory_of_loading(rank: int, folder: Path) -> dict[str, int]:
+    """Bytes that a process takes at most while it loads its part of a model, and those of the part."""
+    return peak_of(lambda name: shared_model(folder / name, torch.float32, tp_size=2))
 
 
 def tiny_classifier() -> nn.Module:

@@ -138,7 +138,7 @@ def test_the_command_of_the_page_trains(tmp_path):
 
 
 def test_the_loop_of_the_page_goes_on_to_the_bit(tmp_path):
-    first, then = (line for line in ranks_data.page_commands("torchrun") if "train_fsdp.py" in line)
+    first, then = (line for line in ranks_data.page_commands("torchrun") if "runs/loop" in line)
     for line in (first, then, then.replace("runs/loop", "runs/whole").replace("--first 2", "")):
         output = ranks_data.run_command(line, tmp_path)
         ranks_data.assert_loads(output)

@@ -10,6 +10,7 @@ import ranks
 import ranks_tensor
 import torch
 from models import tiny_config, tiny_model
+from ranks_data import assert_loads, page_commands, run_command, run_printing
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -267,17 +268,25 @@ def test_quantised_weights_are_not_shared():
         split_projections(model, 2)
 
 
+def test_the_commands_of_the_page_share_heads_and_texts(tmp_path):
+    heads, text, long = (
+        line for line in page_commands("torchrun") if any(x in line for x in ("heads", "prompt", "long"))
+    )
+    assert_loads(run_command(heads, tmp_path))
+    assert_loads(run_command(long, tmp_path))
+    printed = run_printing(text, tmp_path)
+    assert printed[0].startswith("My lord,") and not printed[1]
+
+
 def test_no_process_has_more_than_its_share_and_a_tensor_while_it_loads(tmp_path):
     """Of a model of 260 MB in float32, whose largest tensor is of 34 MB."""
-    config = tiny_config("post_up", hidden_size=1024, num_hidden_layers=4, num_heads=4, vocab_size=8192)
-    model = XLSTMForCausalLM(config)
-    largest = max(x.nbytes for x in model.parameters())
-    total = sum(x.nbytes for x in model.parameters())
-    model.save_pretrained(tmp_path / "model")
-    tiny_model("post_up", num_heads=4).save_pretrained(tmp_path / "warm")
-    for taken, share in ranks.run(ranks_tensor.memory_of_loading_in_two, 2, tmp_path, tmp_path / "model"):
-        assert share < 0.51 * total
-        assert taken < share + largest + (8 << 20)
+    model = XLSTMForCausalLM(tiny_config(hidden_size=1024, num_hidden_layers=4, num_heads=4, vocab_size=8192))
+    total, largest = (of(x.nbytes for x in model.parameters()) for of in (sum, max))
+    model.save_pretrained(tmp_path / "large")
+    tiny_model("post_up", num_heads=4).save_pretrained(tmp_path / "post_up")
+    for result in ranks.run(ranks_tensor.memory_of_loading, 2, tmp_path, tmp_path):
+        assert result["part"] < 0.51 * total
+        assert result["peak"] < result["part"] + largest + (8 << 20)
 
 
 @pytest.mark.parametrize("add_out_norm", [True, False])
