@@ -33,10 +33,6 @@ from .layers_xlstm import GateActivations, GateLinear, MLSTMLayer, SLSTMLayer
 from .parallel_plan import Parts, check_divisible, parts_of
 
 
-# Rows of a product whose sum over processes takes longer than to begin it, and in how many pieces it is cut at most.
-PIECE, MOST_PIECES = 2048, 4
-
-
 class _Copy(torch.autograd.Function):
     """What all processes have, given to each; its gradients are added up."""
 
@@ -65,30 +61,6 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         return dy, None
-
-
-class _SumOfProducts(torch.autograd.Function):
-    """`x @ weight.T`, x `[rows, inputs]`, added up: in pieces, each sent while the next is multiplied."""
-
-    @staticmethod
-    def forward(ctx, x, weight, group):
-        ctx.save_for_backward(x, weight)
-        y = x.new_empty(len(x), len(weight))
-        pieces = max(1, min(MOST_PIECES, len(x) // PIECE))
-        sums = []
-        for x_piece, y_piece in zip(x.chunk(pieces), y.chunk(pieces), strict=True):
-            torch.mm(x_piece, weight.t(), out=y_piece)
-            sums.append(dist.all_reduce(y_piece, group=group, async_op=True))
-        for work in sums:
-            work.wait()
-        return y
-
-    @staticmethod
-    @differentiable_once("tensor parallelism")
-    def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        dx, dweight, _ = ctx.needs_input_grad
-        return dy @ weight if dx else None, dy.t() @ x if dweight else None, None
 
 
 class _Own(torch.autograd.Function):
@@ -312,13 +284,8 @@ class _SumStyle(_Columns):
             super().shard_param(module, param, mesh)
 
     def forward(self, module: Any, group: ProcessGroup, forward: Callable, *args: Any, **kwargs: Any) -> Tensor:
-        x = args[0]
         with _local_parameters(module):
-            weight = module.weight
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight = x.to(dtype), weight.to(dtype)
-        y = _SumOfProducts.apply(x.flatten(0, -2), weight, group).unflatten(0, x.shape[:-1])
+            y = _Sum.apply(F.linear(args[0], module.weight), group)
         return y if module.bias is None else y + module.bias.to(y.dtype)
 
 

@@ -3,7 +3,6 @@
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -14,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.distributed import DistributedConfig
 
-from modeling_xlstm import XLSTMForSequenceClassification, tensor_parallel
+from modeling_xlstm import XLSTMForSequenceClassification
 from modeling_xlstm.split_checkpoint import join_weights
 from modeling_xlstm.tensor_parallel import SplitLinear
 
@@ -227,8 +226,6 @@ def products(model: Any) -> dict[str, Any]:
         calls.clear()
         with torch.no_grad():
             results[when] = model.to(dtype)(IDS).logits, len(calls)
-    with torch.no_grad(), patch.object(tensor_parallel, "PIECE", 30):  # of 92 rows
-        results["in pieces"] = model(IDS).logits, 0
     return results
 
 

@@ -203,13 +203,6 @@ def test_parts_of_a_matrix_are_multiplied_together_as_long_as_they_follow_each_o
             assert difference(logits, expected) <= (5e-6 if dtype == torch.float32 else 1e-12)
 
 
-def test_a_long_product_is_added_up_in_pieces(loaded):
-    with torch.no_grad():
-        expected = tiny_model("post_up", num_heads=4).double()(ranks_tensor.IDS).logits
-    for results in loaded:
-        assert difference(results["products"]["in pieces"][0], expected) <= 1e-12
-
-
 def test_a_shared_classifier_has_the_logits_and_gradients_of_one(loaded):
     expected = ranks_tensor.classifier_outcome()
     for results in loaded:
