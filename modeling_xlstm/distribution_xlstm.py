@@ -1,15 +1,22 @@
 """What a model does where Transformers spreads it over processes, loads its parts, and saves them."""
 
-from functools import partial
+import hashlib
+from collections.abc import Callable
+from functools import partial, wraps
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 from transformers import __version__
 from transformers.modeling_utils import PreTrainedModel
 
 from .backends import COMBINES_PARALLELISM
+from .inputs_xlstm import BOUNDARIES
 from .layers_xlstm import SLSTMLayer
-from .split_checkpoint import join_weights, opened, split_weights, without_converters
+from .split_checkpoint import join_weights, opened, split_weights, whole_weights, without_converters
 from .tensor_parallel import split_projections
 
 
@@ -18,18 +25,23 @@ class DistributionMixin:
 
     config: Any
     all_tied_weights_keys: Any
+    text_group: ProcessGroup | None = None  # of processes that must read the same text, as they share heads or blocks
 
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, *args: Any):
         """As in Transformers, after the model was made ready for it, its weights still to be loaded.
 
         Raises:
-            ValueError: Processes cannot share the heads of the model evenly.
+            ValueError: Processes cannot share the heads or blocks of the model, or not in this way.
             RuntimeError: This version of Transformers would leave out a kind of parallelism that is asked for.
         """
         tp, fsdp, pp = (getattr(distributed_config, f"{kind}_size", 1) for kind in ("tp", "fsdp", "pp"))
         if sum(size > 1 for size in (tp, fsdp, pp)) > 1 and not COMBINES_PARALLELISM:
             raise RuntimeError(f"More than one kind of parallelism needs Transformers 5.23, got {__version__}.")
+        if pp > 1 and tp > 1:
+            raise ValueError(f"Processes of a pipeline cannot share heads too, got pp_size={pp} and tp_size={tp}.")
+        if pp > model.config.num_hidden_layers:
+            raise ValueError(f"pp_size must be at most num_hidden_layers = {model.config.num_hidden_layers}, got {pp}.")
         if tp > 1:
             split_projections(model, tp)
         if fsdp > 1 or getattr(distributed_config, "dp_replicate_size", 1) > 1:
@@ -41,17 +53,56 @@ class DistributionMixin:
             for module in model.modules():
                 if isinstance(module, SLSTMLayer):  # its gates may be in float32, and FSDP2 wants one dtype in a module
                     module.to(module.gate_weight.dtype)
-        return super().maybe_distribute_model(model, distributed_config, *args)  # type: ignore[misc]
+        model = super().maybe_distribute_model(model, distributed_config, *args)  # type: ignore[misc]
+        if tp > 1:
+            model.text_group = model.base_model.text_group = model.base_model.layers[0].mixer.group
+        if pp > 1:
+            model.text_group = model._pp_stage.pp_group
+            model.forward = _through_stages(model, model.forward)
+        return model
 
     @staticmethod
     def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any):
-        """As in Transformers; under tensor parallelism each process reads its rows of what is one matrix in a file."""
+        """As in Transformers; where processes share the weights, each reads its rows of matrices, which a file may have
+        in one or in parts."""
         load = partial(PreTrainedModel._load_pretrained_model, model)
-        if model.config.ranks == 1:
+        if model.config.processes == 1:
             return load(state_dict, checkpoint_files, load_config, *args)
         with opened(state_dict, checkpoint_files) as weights:
-            split = split_weights(weights, model.config)
-            return load(split, checkpoint_files, without_converters(load_config), *args)
+            arrange = whole_weights if model.config.ranks == 1 else split_weights
+            return load(arrange(weights, model.config), checkpoint_files, without_converters(load_config), *args)
+
+    def _load_and_finalize_distributed_pretrained_model(self: Any, folder: Any, *args: Any):
+        """As in Transformers, whose error names a weight only. Raises ValueError if there is another set of weights."""
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+        stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+        missing = sorted(self.state_dict().keys() - stored.keys())
+        if missing:
+            raise ValueError(
+                f"The distributed checkpoint {folder} must hold {missing[0]}, got none: one that was saved with a "
+                "tp_size above 1 is read with such a one, and no other. consolidate_distributed_checkpoint of "
+                "transformers.distributed.checkpoint makes files of it that any number of processes read."
+            )
+        return super()._load_and_finalize_distributed_pretrained_model(folder, *args)  # type: ignore[misc]
+
+    def check_loaded(self: Any) -> None:
+        """What is to hold of a model whose parts were loaded: new weights, which are random, are those of one process.
+
+        Raises ValueError if embeddings that are tied were stored as two weights, one of which FSDP2 would not have.
+        """
+        ends = [getattr(x, "weight", None) for x in (self.get_output_embeddings(), self.get_input_embeddings())]
+        apart = self.config.tie_word_embeddings and ends[0] is not None and ends[0] is not ends[1]
+        if apart and getattr(getattr(self.config, "distributed_config", None), "dp_size", 1) > 1:
+            raise ValueError(
+                "Tied embeddings must be one weight in a checkpoint for FSDP2, got two that differ: load it with "
+                "tie_word_embeddings=False."
+            )
+        if self.config.ranks > 1:
+            for x in self.parameters():
+                if not isinstance(x, DTensor) or "tp" not in (x.device_mesh.mesh_dim_names or ("tp",)):
+                    local = x.to_local() if isinstance(x, DTensor) else x
+                    dist.broadcast(local.detach(), group=self.text_group, group_src=0)
 
     def gather_sharded_state_dict_for_save(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """As in Transformers, tied weights once, and matrices of several projections in one again."""
@@ -71,3 +122,51 @@ class DistributionMixin:
             super().save_distributed_checkpoint(model_to_save, *args, **kwargs)  # type: ignore[misc]
         finally:
             hook.remove()
+
+
+def _through_stages(model: Any, forward: Callable) -> Callable:
+    """`forward` of a pipeline of Transformers, which gives logits and a state; all else is refused."""
+
+    @wraps(forward)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        wanted = ("labels", "shift_labels", "output_hidden_states", "output_gates", *BOUNDARIES)
+        given = [name for name in wanted if kwargs.get(name) is not None and kwargs[name] is not False]
+        if given or model.training:
+            got = " and ".join(given) or "training mode"
+            raise ValueError(f"A pipeline gives logits in evaluation mode, of texts that are not packed, got {got}.")
+        with torch.no_grad():
+            return forward(*args, **kwargs)
+
+    return checked
+
+
+def first_of_all(name: str | None, model: Any) -> str | None:
+    """The first of the names that the processes have which share `model`, the same in each; that given in one alone."""
+    if model.config.processes == 1:
+        return name
+    names: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(names, name)
+    return next(filter(None, names), None)
+
+
+def check_alike(group: ProcessGroup, what: str, *tensors: Tensor | None) -> None:
+    """Raises ValueError, in each process of the group, unless the tensors, which are `what`, are the same in all."""
+    hashed = hashlib.sha256()
+    for x in tensors:
+        hashed.update(b"" if x is None else x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    found: list[bytes] = [b""] * dist.get_world_size(group)
+    dist.all_gather_object(found, hashed.digest(), group)
+    others = [i for i, digest in enumerate(found) if digest != found[0]]
+    if others:
+        raise ValueError(
+            f"Processes that share a model must be given the same {what}, got another in process {others[0]} of them "
+            "than in process 0."
+        )
+
+
+def random_state(device: torch.device) -> Tensor:
+    """That of the random numbers of a device."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.random.get_rng_state()
+
+
+SEED = "seed, by torch.manual_seed, to draw the same random numbers"

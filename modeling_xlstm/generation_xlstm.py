@@ -15,10 +15,10 @@ from transformers.utils import logging
 
 from .backends import CACHE, OTHER_NAMES, READS_ON_IN_PIECES
 from .cache_xlstm import XLSTMCache
+from .distribution_xlstm import SEED, check_alike, random_state
 from .graphs_xlstm import ACTIVE, graphs_of, quiet
 from .inputs_xlstm import check_cache, only_cache, padding_mask
 from .linear_packed import pack, packing
-from .tensor_parallel import check_alike
 
 
 logger = logging.get_logger(__name__)
@@ -58,6 +58,7 @@ class XLSTMGenerationMixin(GenerationMixin):
     config: Any
     dtype: Any
     device: Any
+    text_group: Any
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         assistant = generation_mode_kwargs.get("assistant_model")
@@ -123,10 +124,8 @@ class XLSTMGenerationMixin(GenerationMixin):
             if generation_config.is_assistant:  # whose drafts are taken back where the main model differs
                 model_kwargs[CACHE].activate_past_recording()
 
-        if generation_config.do_sample and self.config.ranks > 1:
-            on_gpu = self.device.type == "cuda"
-            state = torch.cuda.get_rng_state(self.device) if on_gpu else torch.random.get_rng_state()
-            check_alike(self, "seed, by torch.manual_seed, to draw the same tokens", state)
+        if generation_config.do_sample and self.text_group is not None:
+            check_alike(self.text_group, SEED, random_state(self.device))
 
         compiles = generation_config.compile_config is not None  # by itself
         as_it_is = CACHE not in model_kwargs or generation_config.disable_compile or compiles
@@ -161,8 +160,8 @@ class XLSTMGenerationMixin(GenerationMixin):
         if given is not None:
             seen = cache if isinstance(cache, XLSTMCache) else None
             padding_mask(kwargs.get("attention_mask"), given.shape[0], given.shape[1], seen)
-            if self.config.ranks > 1:
-                check_alike(self, "text", given)
+            if self.text_group is not None:
+                check_alike(self.text_group, "text", given, kwargs.get("attention_mask"))
         with quiet(), packing():
             try:
                 return super().generate(*args, **kwargs)  # type: ignore[misc]

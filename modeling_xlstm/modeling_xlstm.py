@@ -6,6 +6,7 @@ Dims: `B` batch `T` time `D` hidden size. A block is called like `nn.LSTM`: `y, 
 Papers: https://arxiv.org/abs/2405.04517 (xLSTM[a:b]) and https://arxiv.org/abs/2503.13427 (xLSTM-7B).
 """
 
+import copy
 import json
 import os
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from .checkpoint_xlstm import from_native
 from .checks import is_finite
 from .configuration_formats import fields_to
 from .configuration_xlstm import XLSTMConfig
-from .distribution_xlstm import DistributionMixin
+from .distribution_xlstm import SEED, DistributionMixin, check_alike, first_of_all, random_state
 from .fused import causal_lm_loss, causal_lm_loss_in_parts, soft_cap
 from .generation_xlstm import XLSTMGenerationMixin
 from .graphs_xlstm import ACTIVE
@@ -68,7 +69,7 @@ from .layers_xlstm import (
     small_std,
 )
 from .linear import is_alone, linear
-from .tensor_parallel import first_of_all, pack_projections
+from .tensor_parallel import pack_projections
 
 
 if HAS_TRITON:
@@ -185,6 +186,11 @@ class XLSTMPreTrainedModel(DistributionMixin, PreTrainedModel):
                 f"config must be an XLSTMConfig, got {type(config).__name__}; XLSTMConfig.from_dict(config.to_dict()) "
                 "makes one of that of Transformers' own xLSTM."
             )
+        if config.processes > 1 and torch.get_default_device().type != "meta":
+            raise ValueError(
+                f"config must not be that of a model which {config.processes} processes share, as it has its own "
+                "distributed_config; XLSTMConfig.from_dict(config.to_dict()) makes another."
+            )
         super().__init__(config, *args, **kwargs)
         # A pattern from the start of a name, which is all that some quantisers look at.
         gates = {".*gate_proj", ".*gate_weight", ".*gate_bias"}
@@ -211,6 +217,9 @@ class XLSTMPreTrainedModel(DistributionMixin, PreTrainedModel):
         Embeddings that a checkpoint says are tied, but stores as two different weights, are not tied: Transformers' own
         xLSTM writes such checkpoints.
         """
+        if (config := kwargs.get("config")) is not None and getattr(config, "processes", 1) > 1:
+            kwargs["config"] = copy.copy(config)
+            kwargs["config"].distributed_config = None  # of the model that it was given to
         result = super().from_pretrained(*args, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
         if getattr(model, "is_quantized", False):
@@ -218,6 +227,7 @@ class XLSTMPreTrainedModel(DistributionMixin, PreTrainedModel):
         names = (name for name, weight in model.named_parameters() if not _is_finite(weight))
         if name := first_of_all(next(names, None), model):
             raise ValueError(f"All weights of a checkpoint must be finite, got NaN or infinity in {name}.")
+        model.check_loaded()
         if model.config.ranks > 1:
             pack_projections(model)
         ends = [getattr(x, "weight", None) for x in (model.get_output_embeddings(), model.get_input_embeddings())]
@@ -249,6 +259,8 @@ class XLSTMPreTrainedModel(DistributionMixin, PreTrainedModel):
 
         Raises ValueError if that format cannot express the model.
         """
+        if getattr(self, "_pp_stage", None) is not None:
+            raise ValueError("A model must not be a pipeline to be saved, got one, with blocks in several processes.")
         common = {"is_main_process": is_main_process, "save_original_format": False, **kwargs}
         if not save_original_format:
             super().save_pretrained(save_directory, state_dict=state_dict, push_to_hub=push_to_hub, **common)
@@ -297,7 +309,18 @@ class XLSTMModel(XLSTMPreTrainedModel):
         self.layers = nn.ModuleList(XLSTMBlock(config, i) for i in range(config.num_hidden_layers))
         self.norm = XLSTMNorm(config) if config.add_out_norm else nn.Identity()
         self.gradient_checkpointing = False
+        self.reads_alike = False
         self.post_init()
+
+    def _check_alike(self, given: Tensor, mask: Tensor | None) -> None:
+        """Of the first pass in training mode. Raises ValueError if processes that share heads are given other rows, or
+        would drop other channels."""
+        if torch.compiler.is_compiling():
+            return
+        check_alike(self.text_group, "rows", given, mask)
+        if self.config.dropout:
+            check_alike(self.text_group, SEED, random_state(given.device))
+        self.reads_alike = True
 
     @merge_with_config_defaults
     @capture_outputs
@@ -358,6 +381,8 @@ class XLSTMModel(XLSTMPreTrainedModel):
             check_cache(cache, self, B, weight.dtype, given.device)
             check_checkpointing(self)
         mask = padding_mask(attention_mask, B, T, cache)
+        if self.training and self.text_group is not None and not self.reads_alike:
+            self._check_alike(given, mask)
         cu_seqlens = packed_bounds(kwargs, B, T, given.device, mask)
         mask = mask if cu_seqlens is None else None
         if cu_seqlens is not None and cache is not None:

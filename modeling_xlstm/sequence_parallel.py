@@ -377,6 +377,8 @@ def shard_sequence(model: nn.Module, group: ProcessGroup | None = None) -> Shard
     mixers = [x for x in model.modules() if isinstance(x, MLSTMLayer | MLSTMPreUpLayer)]
     if not mixers:
         raise ValueError(f"A model to be split over processes must have mLSTM layers, got a {type(model).__name__}.")
+    if (ranks := mixers[0].config.ranks) > 1:
+        raise ValueError(f"Texts cannot be split over processes that share heads, got a model with tp_size={ranks}.")
     if any("_cell" in vars(x) for x in mixers):
         raise ValueError("A model can be split over processes once, got one that is already.")
     if any(isinstance(x, XLSTMForSequenceClassification | XLSTMForTokenClassification) for x in model.modules()):

@@ -4,7 +4,7 @@ A checkpoint may be of this package, its matrices in one, or in parts if it was 
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -31,14 +31,14 @@ def opened(weights: Mapping[str, Any] | None, files: Sequence[str] | None) -> It
         found: dict[str, Any] = {}
         for path in files or ():
             if not str(path).endswith(".safetensors"):
-                raise ValueError(f"A checkpoint for tensor parallelism must be of safetensors files, got {path}.")
+                raise ValueError(f"A checkpoint that processes share must be of safetensors files, got {path}.")
             file = stack.enter_context(safe_open(path, framework="pt"))
             found |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no dict
         yield found
 
 
 def without_converters(load_config: Any) -> Any:
-    """What `from_pretrained` is to do, but for what `split_weights` does in its place."""
+    """What `from_pretrained` is to do, but for what `split_weights` and `whole_weights` do in its place."""
     mapping = [x for x in load_config.weight_mapping or () if not _joins(x)]
     return dataclasses.replace(load_config, weight_mapping=mapping)
 
@@ -47,42 +47,79 @@ def _joins(transform: Any) -> bool:
     return any(isinstance(operation, Concatenate) for operation in getattr(transform, "operations", ()))
 
 
-class _Piece:
-    """A part of a tensor in a file, along an axis: read where it is indexed, and no more than that."""
-
-    def __init__(self, source: Any, dim: int, start: int, size: int):
-        self.source, self.dim, self.start, self.size = source, dim, start, size
+class _View:
+    """A tensor that is read where it is indexed, and no more of it than that."""
 
     def get_shape(self) -> list[int]:
-        shape = list(_shape(self.source))
-        shape[self.dim] = self.size
-        return shape
+        raise NotImplementedError
+
+    def read(self, ranges: list[slice]) -> Tensor:
+        """Of `ranges`, one for each axis."""
+        raise NotImplementedError
 
     def __getitem__(self, index: Any) -> Tensor:
         ranges = [slice(0, size) for size in self.get_shape()]
         for i, given in enumerate(index if isinstance(index, tuple) else (index,)):
             if given is not Ellipsis:
-                ranges[i] = given
-        start, stop, _ = ranges[self.dim].indices(self.size)
-        ranges[self.dim] = slice(self.start + start, self.start + stop)
+                ranges[i] = slice(*given.indices(self.get_shape()[i])[:2])
+        return self.read(ranges)
+
+
+class _Piece(_View):
+    """A part of a tensor along an axis."""
+
+    def __init__(self, source: Any, dim: int, start: int, size: int):
+        self.source, self.dim, self.start, self.size = source, dim, start, size
+
+    def get_shape(self) -> list[int]:
+        shape = _shape(self.source)
+        shape[self.dim] = self.size
+        return shape
+
+    def read(self, ranges: list[slice]) -> Tensor:
+        wanted = ranges[self.dim]
+        ranges[self.dim] = slice(self.start + wanted.start, self.start + wanted.stop)
         return self.source[tuple(ranges)]
 
 
+class _Joined(_View):
+    """Tensors one after the other along an axis."""
+
+    def __init__(self, sources: list[Any], dim: int):
+        self.sources, self.dim = sources, dim
+
+    def get_shape(self) -> list[int]:
+        shape = _shape(self.sources[0])
+        shape[self.dim] = sum(_shape(x)[self.dim] for x in self.sources)
+        return shape
+
+    def read(self, ranges: list[slice]) -> Tensor:
+        wanted, end = ranges[self.dim], 0
+        pieces: list[Tensor] = []
+        for source in self.sources:
+            start, end = end, end + _shape(source)[self.dim]
+            inside = slice(max(wanted.start, start) - start, max(min(wanted.stop, end) - start, 0))
+            if inside.start < inside.stop or not pieces:  # one at least, of which nothing may be wanted
+                pieces.append(source[tuple(inside if i == self.dim else x for i, x in enumerate(ranges))])
+        return torch.cat(pieces, self.dim)
+
+
 def _shape(x: Any) -> list[int]:
-    return list(x.shape) if isinstance(x, Tensor) else x.get_shape()
+    return list(x.shape if isinstance(x, Tensor) else x.get_shape())
 
 
 def split_weights(weights: Mapping[str, Any], config: XLSTMConfig) -> dict[str, Any]:
     """Names and weights of a model whose projections are split, from those of a checkpoint, read when needed."""
     parts = parts_of(config)
     modules = {f".{module}.": module for module in parts}
-    modules |= {f".{name}.": module for module, name in FUSED.items()}
-    renamed = {
-        f".{name}.": f".{module}.{part}."
-        for module, entry in SINGLE.items()
-        if module in parts and not parts[module].dim
-        for name, part in zip(entry[1:], parts[module].names, strict=True)
-    }
+    renamed = {}
+    if config.mlstm_block == "post_up":  # of which Transformers' format is
+        modules |= {f".{name}.": module for module, name in FUSED.items()}
+        renamed = {
+            f".{name}.": f".{module}.{part}."
+            for module, entry in SINGLE.items()
+            for name, part in zip(entry[1:], parts[module].names, strict=True)
+        }
     result: dict[str, Any] = {}
     for name, x in weights.items():
         stem, kind = name[: name.rfind(".") + 1], name[name.rfind(".") + 1 :]
@@ -101,13 +138,22 @@ def split_weights(weights: Mapping[str, Any], config: XLSTMConfig) -> dict[str, 
     return result
 
 
+def whole_weights(weights: Mapping[str, Any], config: XLSTMConfig) -> dict[str, Any]:
+    """The same of a model whose projections are not split."""
+    return _joined(split_weights(weights, config), config, _Joined)
+
+
 def join_weights(weights: dict[str, Tensor], config: XLSTMConfig) -> dict[str, Tensor]:
     """The opposite of `split_weights`: matrices in one, as they are saved. `weights` is emptied of what is joined."""
-    joined: dict[str, Tensor] = {}
+    return _joined(weights, config, torch.cat)
+
+
+def _joined(weights: dict[str, Any], config: XLSTMConfig, join: Callable[[list[Any], int], Any]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
     for module, parts in parts_of(config).items():
         first = f".{module}.{parts.names[0]}."
         for name in [name for name in weights if first in name]:
             prefix, _, kind = name.partition(first)
             pieces = [weights.pop(f"{prefix}.{module}.{part}.{kind}") for part in parts.names]
-            joined[f"{prefix}.{module}.{kind}"] = torch.cat(pieces, parts.dim)
-    return joined | weights
+            result[f"{prefix}.{module}.{kind}"] = join(pieces, parts.dim)
+    return result | weights

@@ -12,7 +12,6 @@ A matrix of several (rows [q | k | v | o]) is several linear layers here, each s
 the same: of that which is read each process reads its rows, and where weights are saved they are put together.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -149,9 +148,11 @@ class SplitLinear(nn.ModuleDict):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = [part.weight.to_local() for part in self.parts] if self._is_one(x) else []
-        if weights and _follow(self.packed, weights):
-            return _Packed.apply(x, self.packed, *weights)
+        if self._is_one(x):
+            weights = [part.weight.to_local() for part in self.parts]
+            if _follow(self.packed, weights):
+                return _Packed.apply(x, self.packed, *weights)
+            self.packed = None
         return torch.cat([part(x) for part in self.parts], -1)
 
     def _is_one(self, x: Tensor) -> bool:
@@ -344,26 +345,3 @@ STYLES = {
 }
 for name, style in STYLES.items():
     ALL_PARALLEL_STYLES.register(name, style())  # type: ignore[arg-type]  # as it registers its own
-
-
-def first_of_all(name: str | None, model: Any) -> str | None:
-    """The first of the names that the processes have which share `model`, the same in each; that given in one alone."""
-    if model.config.processes == 1:
-        return name
-    names: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(names, name)
-    return next(filter(None, names), None)
-
-
-def check_alike(model: Any, what: str, x: Tensor) -> None:
-    """Raises ValueError, in each of the processes that share `model`, unless x, which is `what`, is the same in all."""
-    group = model.base_model.layers[0].mixer.group
-    mine = hashlib.sha256(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()).digest()
-    found: list[bytes] = [b""] * dist.get_world_size(group)
-    dist.all_gather_object(found, mine, group)
-    others = [i for i, digest in enumerate(found) if digest != found[0]]
-    if others:
-        raise ValueError(
-            f"Processes that share a model must be given the same {what}, got another in process {others[0]} of them "
-            "than in process 0."
-        )

@@ -1,5 +1,6 @@
 """What the processes of `test_tensor_parallel.py` compute, with a model that they share or in one of its own."""
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.distributed import DistributedConfig
 
 from modeling_xlstm import XLSTMForSequenceClassification
+from modeling_xlstm.sequence_parallel import shard_sequence
 from modeling_xlstm.split_checkpoint import join_weights
 from modeling_xlstm.tensor_parallel import SplitLinear
 
@@ -157,19 +159,38 @@ def checkpoints(rank: int, folder: Path, saved: Path) -> dict[str, Any]:
             model.config.save_pretrained(saved / f"{name} merged")
         dist.barrier()
         for where in (saved / name, saved / f"{name} merged"):
-            for sizes in ({"tp_size": 4}, {"tp_size": 2, "fsdp_size": 2}):
+            wholes = [{"fsdp_size": 4}] if where.name.endswith("merged") else []
+            for sizes in ({"tp_size": 4}, {"tp_size": 2, "fsdp_size": 2}, *wholes):
                 results[f"{where.name} {sizes}"] = weights(shared_model(where, torch.float64, **sizes))
+        results["refused"] = said(shared_model, saved / name, torch.float64, fsdp_size=4)
     return results
 
 
-def stages(rank: int, folder: Path) -> dict[str, Tensor]:
+def said(function: Any, *args: Any, **kwargs: Any) -> str:
+    """The error that a call raises."""
+    try:
+        function(*args, **kwargs)
+    except (ValueError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def stages(rank: int, folder: Path) -> dict[str, Any]:
     """A pipeline of two processes: one reads, the next goes on."""
-    results = {}
+    results: dict[str, Any] = {}
     for name in ("post_up", "pre_up_slstm"):
         model = shared_model(folder / name, torch.float32, pp_size=2)
         with torch.no_grad():
             results[f"{name} logits"] = model(input_ids=IDS, attention_mask=MASK).logits[MASK.bool()]
         results[f"{name} text"] = model.generate(IDS, attention_mask=MASK, max_new_tokens=6, do_sample=False)
+    results["sentences"] = [
+        said(model, input_ids=IDS, labels=IDS),
+        said(model, input_ids=IDS[:1], cu_seq_lens_q=torch.tensor([0, 5, 23])),
+        said(model, input_ids=IDS, output_gates=True),
+        said(model.train(), input_ids=IDS),
+        said(model.save_pretrained, folder / "pipeline"),
+        said(model.eval().generate, IDS + rank, max_new_tokens=2),
+    ]
     return results
 
 
@@ -200,6 +221,8 @@ def formats(rank: int, folders: dict[str, Path]) -> dict[str, Any]:
         for name, folder in folders.items()
         if name != "classifier"
     }
+    for name in [name for name in folders if name != "classifier"]:
+        results[f"{name}, parts"] = weights(shared_model(folders[name], torch.float32, fsdp_size=2))
     results["trained"] = trained(torch.float32, DistributedConfig(tp_size=2))
     results["products"] = products(shared_model(folders["native"], torch.float32, tp_size=2))
     model = shared_model(folders["native"], torch.bfloat16, tp_size=2)
@@ -210,6 +233,13 @@ def formats(rank: int, folders: dict[str, Path]) -> dict[str, Any]:
     outputs = model(IDS, attention_mask=MASK, labels=torch.tensor([0, 1, 2, 1]))
     outputs.loss.backward()
     grads = join_weights({name: whole(x.grad) for name, x in model.named_parameters()}, model.config)
+    torch.manual_seed(rank)
+    new = AutoModelForSequenceClassification.from_pretrained(folders["native"], distributed_config=config)
+    results["new head"] = new.score.weight.detach()
+    results["again"] = dict(
+        AutoModelForCausalLM.from_pretrained(folders["native"], config=new.config).named_parameters()
+    )
+    results["config"] = said(XLSTMForSequenceClassification, new.config)
     results["classifier"] = {"logits": outputs.logits.detach(), **grads}
     return results
 
@@ -235,28 +265,42 @@ def _counted(calls: list[str], forward: Any, x: Tensor) -> Tensor:
 
 
 def refusals(rank: int, folders: dict[str, Path], saved: Path) -> dict[str, Any]:
-    """What is said where heads cannot be split, a weight is NaN, and a shared model cannot be saved as asked."""
-    results: dict[str, Any] = {}
-
-    def said(what: str, function: Any, *args: Any, **kwargs: Any) -> None:
-        try:
-            function(*args, **kwargs)
-        except (ValueError, TypeError) as error:
-            results[what] = f"{type(error).__name__}: {error}"
-
-    for name in ("heads", "slstm heads", "nan", "pickled"):
-        said(name, shared_model, folders[name], torch.float32, tp_size=2)
-    said("nan, parts of weights", shared_model, folders["nan"], torch.float32, fsdp_size=2)
+    """What is said where heads cannot be split, a weight is NaN, a shared model cannot be saved as asked, and processes
+    that share it are given other things."""
+    results: dict[str, Any] = {
+        name: said(shared_model, folders[name], torch.float32, tp_size=2)
+        for name in ("heads", "slstm heads", "nan", "pickled")
+    }
+    results["nan, parts of weights"] = said(shared_model, folders["nan"], torch.float32, fsdp_size=2)
+    results["two weights"] = said(shared_model, folders["two weights"], torch.float32, fsdp_size=2)
     model = shared_model(folders["native"], torch.float32, tp_size=2)
-    said("original format", model.save_pretrained, saved, save_original_format=True)
-    said("another text", model.generate, IDS + rank, max_new_tokens=2)
+    results["original format"] = said(model.save_pretrained, saved, save_original_format=True)
+    results["slices"] = said(shard_sequence, model)
+    results["another text"] = said(model.generate, IDS + rank, max_new_tokens=2)
+    results["another mask"] = said(model.generate, IDS, attention_mask=MASK if rank else MASK.flip(1), max_new_tokens=2)
     torch.manual_seed(rank)
-    said("another seed", model.generate, IDS, max_new_tokens=2, do_sample=True)
+    results["another seed"] = said(model.generate, IDS, max_new_tokens=2, do_sample=True)
+    model.train()
+    results["other rows"] = said(model, IDS + rank, labels=IDS)
+    model.config.dropout = 0.1
+    results["other dropout"] = said(model, IDS, labels=IDS)
     torch.manual_seed(0)
-    results["sampled"] = model.generate(IDS, max_new_tokens=8, do_sample=True)
-    cache = model(IDS).past_key_values
-    said("state", cache.save, saved / "state", model)
+    results["sampled"] = model.eval().generate(IDS, max_new_tokens=8, do_sample=True)
+    results["state"] = said(model(IDS).past_key_values.save, saved / "state", model)
     return results
+
+
+def left_alone(rank: int, folder: Path, sizes: dict[str, int]) -> str:
+    """What a process is told that goes on with a step, when the last one is gone."""
+    model = shared_model(folder, torch.float32, **sizes).train()
+    loss = model(IDS, labels=IDS).loss
+    if rank == dist.get_world_size() - 1:
+        os._exit(0)
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        return str(error)
+    raise AssertionError("A step without one of the processes must fail.")
 
 
 def memory_of_loading(rank: int, folder: Path) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from models import tiny_config, tiny_model
 from ranks_data import assert_loads, page_commands, run_command, run_printing
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.distributed import DistributedConfig
 
 from modeling_xlstm import XLSTMConfig, XLSTMForCausalLM
 from modeling_xlstm.checkpoint_xlstm import from_native
@@ -132,7 +134,10 @@ def test_distributed_checkpoints_are_read_by_any_number_of_processes_and_merge(f
         expected = dict(ranks_tensor.whole_model(name, torch.float64).named_parameters())
         merged = XLSTMForCausalLM.from_pretrained(saved / f"{name} merged", dtype=torch.float64)
         found = [x for result in results for key, x in result.items() if key.startswith(f"{name} ")]
-        assert len(found) == 16
+        assert len(found) == 20
+    for result in results:
+        assert result["refused"].startswith(f"ValueError: The distributed checkpoint {saved}")
+        assert "must hold model.layers.0.mixer." in result["refused"]
         for actual in [dict(merged.named_parameters()), *found]:
             assert actual.keys() == expected.keys()
             for key, x in expected.items():
@@ -148,6 +153,11 @@ def test_a_pipeline_reads_and_generates_what_one_process_does(folder, tmp_path):
             text = model.generate(ranks_tensor.IDS, attention_mask=ranks_tensor.MASK, max_new_tokens=6, do_sample=False)
             assert torch.equal(results[f"{name} logits"], logits)
             assert torch.equal(results[f"{name} text"], text)
+        sentence = "ValueError: A pipeline gives logits in evaluation mode, of texts that are not packed, got "
+        *refused, saved, other = results["sentences"]
+        assert refused == [f"{sentence}{x}." for x in ("labels", "cu_seq_lens_q", "output_gates", "training mode")]
+        assert saved.startswith("ValueError: A model must not be a pipeline to be saved")
+        assert "must be given the same text, got another in process 1" in other
 
 
 @pytest.fixture(scope="module")
@@ -176,8 +186,9 @@ def loaded(origins, tmp_path_factory) -> list[dict[str, Any]]:
 def test_each_process_reads_its_rows_of_any_format(fmt, loaded):
     expected = dict(tiny_model("post_up", num_heads=4).named_parameters())
     for results in loaded:
-        assert results[fmt].keys() == expected.keys()
-        assert all(torch.equal(results[fmt][name], x) for name, x in expected.items())
+        for shared in (results[fmt], results[f"{fmt}, parts"]):  # by heads, and by FSDP2
+            assert shared.keys() == expected.keys()
+            assert all(torch.equal(shared[name], x) for name, x in expected.items())
 
 
 def test_gates_of_a_shared_model_stay_in_float32(loaded):
@@ -211,10 +222,34 @@ def test_a_shared_classifier_has_the_logits_and_gradients_of_one(loaded):
             assert difference(results["classifier"][name], x) <= 5e-5, name
 
 
+def test_new_weights_of_a_shared_model_are_the_same_in_all_processes(loaded):
+    assert torch.equal(loaded[0]["new head"], loaded[1]["new head"])
+
+
+def test_the_configuration_of_a_shared_model_makes_no_other_shared(loaded):
+    expected = dict(tiny_model("post_up", num_heads=4).named_parameters())
+    for results in loaded:
+        assert all(torch.equal(results["again"][name], x) for name, x in expected.items())
+        assert results["config"].startswith("ValueError: config must not be that of a model which 2 processes share")
+
+
+@pytest.mark.parametrize(
+    "sizes, sentence",
+    [
+        ({"tp_size": 2, "pp_size": 2}, "Processes of a pipeline cannot share heads too, got pp_size=2 and tp_size=2."),
+        ({"pp_size": 3}, "pp_size must be at most num_hidden_layers = 2, got 3."),
+    ],
+)
+def test_what_a_pipeline_cannot_be_is_refused(sizes, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        XLSTMForCausalLM.maybe_distribute_model(tiny_model("post_up"), DistributedConfig(**sizes), None)
+
+
 @pytest.fixture(scope="module")
 def sentences(origins, tmp_path_factory) -> list[dict[str, Any]]:
     path = tmp_path_factory.mktemp("refused")
-    folders = {name: path / name for name in ("heads", "slstm heads", "nan", "pickled")} | {"native": origins["native"]}
+    names = ("heads", "slstm heads", "nan", "pickled", "two weights")
+    folders = {name: path / name for name in names} | {"native": origins["native"]}
     tiny_model("post_up", num_heads=1).save_pretrained(folders["heads"])  # type: ignore[operator]
     tiny_model("post_up_slstm", slstm_num_heads=1).save_pretrained(folders["slstm heads"])  # type: ignore[operator]
     model: Any = tiny_model("post_up")
@@ -223,6 +258,9 @@ def sentences(origins, tmp_path_factory) -> list[dict[str, Any]]:
     with torch.no_grad():
         model.model.layers[1].ffn.up_proj.weight[-1, 0] = torch.nan  # of the last process's part
     model.save_pretrained(folders["nan"])
+    shutil.copytree(folders["native"], folders["two weights"])
+    fields = json.loads((folders["native"] / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (folders["two weights"] / "config.json").write_text(json.dumps(fields))
     return ranks.run(ranks_tensor.refusals, 2, tmp_path_factory.mktemp("ranks"), folders, path / "saved")
 
 
@@ -238,7 +276,12 @@ def sentences(origins, tmp_path_factory) -> list[dict[str, Any]]:
         "pickled": "must be of safetensors files, got ",
         "another text": "ValueError: Processes that share a model must be given the same text, got another in process "
         "1 of them than in process 0.",
-        "another seed": "must be given the same seed, by torch.manual_seed, to draw the same tokens, got another in",
+        "another mask": "must be given the same text, got another in process 1",
+        "another seed": "must be given the same seed, by torch.manual_seed, to draw the same random numbers, got",
+        "other rows": "must be given the same rows, got another in process 1",
+        "other dropout": "must be given the same seed, by torch.manual_seed, to draw the same random numbers, got",
+        "slices": "ValueError: Texts cannot be split over processes that share heads, got a model with tp_size=2.",
+        "two weights": "ValueError: Tied embeddings must be one weight in a checkpoint for FSDP2, got two that differ",
         "original format": "ValueError: save_original_format=True needs a model in one process, got one spread over 2",
         "state": "The weights of the model must be in memory in full, not offloaded or sharded, got DTensor",
     }.items(),
@@ -269,6 +312,12 @@ def test_the_commands_of_the_page_share_heads_and_texts(tmp_path):
     assert_loads(run_command(long, tmp_path))
     printed = run_printing(text, tmp_path)
     assert printed[0].startswith("My lord,") and not printed[1]
+
+
+@pytest.mark.parametrize("sizes", [{"tp_size": 2}, {"fsdp_size": 2}], ids=str)
+def test_a_process_that_is_left_alone_ends_with_an_error(sizes, origins, tmp_path):
+    left, gone = ranks.run(ranks_tensor.left_alone, 2, tmp_path, origins["native"], sizes, timeout=30)
+    assert left and gone is None
 
 
 def test_no_process_has_more_than_its_share_and_a_tensor_while_it_loads(tmp_path):
