@@ -142,7 +142,7 @@ def _through_stages(model: Any, forward: Callable) -> Callable:
 
 def first_of_all(name: str | None, model: Any) -> str | None:
     """The first of the names that the processes have which share `model`, the same in each; that given in one alone."""
-    if model.config.processes == 1:
+    if model.config.processes == 1 and not any(hasattr(x, "ds_tensor") for x in model.parameters()):
         return name
     names: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(names, name)

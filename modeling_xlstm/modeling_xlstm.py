@@ -470,7 +470,7 @@ def _pieces(B: int, T: int, keep: int) -> list[tuple[int, int]]:
 
 def _is_finite(weight: Tensor) -> bool:
     """Whether what this process has of a weight is. Quantised ones are of classes which may not know isfinite."""
-    weight = weight.to_local() if isinstance(weight, DTensor) else weight
+    weight = weight.to_local() if isinstance(weight, DTensor) else getattr(weight, "ds_tensor", weight)  # of DeepSpeed
     known = type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and not weight.is_meta
     return not known or not weight.numel() or is_finite(weight)
 

@@ -369,6 +369,7 @@ def zero3(rank: int, folder: Path, world: int, name: str) -> Result:
     settings |= {"train_micro_batch_size_per_gpu": len(batches[0]), "gradient_accumulation_steps": 1}
     settings |= {"gradient_clipping": 0.0, "bf16": {"enabled": False}}
     kept = HfDeepSpeedConfig(settings)  # from_pretrained looks for one that is alive
+    refused = said(XLSTMForCausalLM.from_pretrained, folder / "nan")
     model = XLSTMForCausalLM.from_pretrained(folder / name).train()
     parts = {key: (x.numel(), x.ds_tensor.numel(), x.ds_numel) for key, x in model.named_parameters()}
     engine, *_ = deepspeed.initialize(model=model, config=kept.config)
@@ -383,7 +384,17 @@ def zero3(rank: int, folder: Path, world: int, name: str) -> Result:
     model.eval()
     tokens = model.generate(PROMPTS, attention_mask=PADDING, max_new_tokens=6)
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
-        return {"losses": losses, "weights": weights(model), "tokens": tokens, "parts": parts}
+        whole_weights = weights(model)
+    return {"losses": losses, "weights": whole_weights, "tokens": tokens, "parts": parts, "refused": refused}
+
+
+def said(function: Callable, *args: Any, **kwargs: Any) -> str:
+    """The error that a call raises."""
+    try:
+        function(*args, **kwargs)
+    except (ValueError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
 
 
 def all_sharded(rank: int, folder: Path, world: int) -> dict[tuple[str, str], Any]:

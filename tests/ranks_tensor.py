@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from models import VOCAB, gradients, random_ids, tiny_model, use_checkpointing
-from ranks_data import peak_of, whole
+from ranks_data import peak_of, said, whole
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -164,15 +164,6 @@ def checkpoints(rank: int, folder: Path, saved: Path) -> dict[str, Any]:
                 results[f"{where.name} {sizes}"] = weights(shared_model(where, torch.float64, **sizes))
         results["refused"] = said(shared_model, saved / name, torch.float64, fsdp_size=4)
     return results
-
-
-def said(function: Any, *args: Any, **kwargs: Any) -> str:
-    """The error that a call raises."""
-    try:
-        function(*args, **kwargs)
-    except (ValueError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
 
 
 def stages(rank: int, folder: Path) -> dict[str, Any]:

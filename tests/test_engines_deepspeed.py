@@ -45,6 +45,10 @@ def zero3(request, tmp_path_factory) -> tuple[dict[str, Any], list[dict[str, Any
     """One process without it, and two with it."""
     folder, name = tmp_path_factory.mktemp("zero3"), request.param
     ranks_data.save(folder, name)
+    broken: Any = ranks_data.load(folder / name)
+    with torch.no_grad():
+        broken.model.layers[1].mixer_norm.weight[-1] = torch.nan  # of the last process's part
+    broken.save_pretrained(folder / "nan")
     (folder / "one").mkdir()
     (one,) = ranks.run(ranks_data.zero3, 1, folder / "one", folder, 1, name)
     return one, ranks.run(ranks_data.zero3, WORLD, folder, folder, WORLD, name, timeout=300)
@@ -54,6 +58,11 @@ def test_no_process_of_zero3_has_a_weight_whole_after_loading(zero3):
     for result in zero3[1]:
         for name, (numel, part, whole) in result["parts"].items():
             assert numel == 0 and part == -(-whole // WORLD), name
+
+
+def test_a_weight_that_is_not_finite_is_refused_in_every_process(zero3):
+    for result in zero3[1]:
+        assert result["refused"].endswith("must be finite, got NaN or infinity in model.layers.1.mixer_norm.weight.")
 
 
 def test_losses_of_zero3_are_those_of_one_process(zero3):
