@@ -149,8 +149,8 @@ def first_of_all(name: str | None, model: Any) -> str | None:
     return next(filter(None, names), None)
 
 
-def check_alike(group: ProcessGroup, what: str, *tensors: Tensor | None) -> None:
-    """Raises ValueError, in each process of the group, unless the tensors, which are `what`, are the same in all."""
+def check_alike(group: ProcessGroup | None, what: str, *tensors: Tensor | None) -> None:
+    """Raises ValueError, in each process of the group (of all), unless the tensors, `what`, are the same in each."""
     hashed = hashlib.sha256()
     for x in tensors:
         hashed.update(b"" if x is None else x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -159,8 +159,8 @@ def check_alike(group: ProcessGroup, what: str, *tensors: Tensor | None) -> None
     others = [i for i, digest in enumerate(found) if digest != found[0]]
     if others:
         raise ValueError(
-            f"Processes that share a model must be given the same {what}, got another in process {others[0]} of them "
-            "than in process 0."
+            f"Processes that share a model or a text must be given the same {what}, got another in process {others[0]} "
+            "of them than in process 0."
         )
 
 

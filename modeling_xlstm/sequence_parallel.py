@@ -39,6 +39,7 @@ from torch.distributed import ProcessGroup
 from .backends import CACHE, OTHER_NAMES
 from .checks import check_sequence, full_precision, state_dtype
 from .custom_op import differentiable_once
+from .distribution_xlstm import check_alike
 from .fused import soft_cap
 from .inputs_xlstm import BOUNDARIES, packed_bounds, padding_mask
 from .layers_xlstm import CausalConv1d, MLSTMLayer, MLSTMPreUpLayer, SLSTMLayer
@@ -287,7 +288,8 @@ def split_sequence(
         are `cu_seq_lens_q`.
 
     Raises:
-        ValueError: The batch holds what cannot be split, or a slice has no token that is not padding.
+        ValueError: The batch holds what cannot be split, or is another in another process, or a slice has no token that
+            is not padding.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     given = {name: x for name, x in batch.items() if x is not None and name not in UNUSED}
@@ -297,6 +299,7 @@ def split_sequence(
     tokens = next((given[name] for name in ("input_ids", "inputs_embeds") if name in given), None)
     if tokens is None:
         raise ValueError(f"A batch to split must have input_ids or inputs_embeds, got {', '.join(given) or 'nothing'}.")
+    check_alike(group, "batch", *(given[name] for name in sorted(given) if isinstance(given[name], Tensor)))
     B, T = tokens.shape[:2]
     if lengths is None:
         lengths = [T // size + (i < T % size) for i in range(size)]

@@ -247,6 +247,7 @@ def refusals(rank: int, folder: Path) -> dict[str, str]:
         "no ids": lambda: split_sequence({"labels": batch["labels"]}),
         "lengths": lambda: split_sequence(batch, lengths=[37, 0]),
         "padding": lambda: split_sequence(late),
+        "batches": lambda: split_sequence({**batch, "labels": batch["labels"] + rank}),
         "outside": lambda: shard_sequence(tiny_model("post_up"), only_first),
         "size": lambda: trainer(sequence_parallel_size=3),
         "smoothing": lambda: trainer(arguments={"label_smoothing_factor": 0.1}),

@@ -90,6 +90,7 @@ def sentences(tmp_path_factory) -> list[dict[str, str]]:
         "unknown": "got token_type_ids",
         "no ids": "must have input_ids or inputs_embeds, got labels",
         "lengths": "Lengths must be 2 numbers of at least 1 and sum up to 37, got [37, 0]",
+        "batches": "must be given the same batch, got another in process 1 of them than in process 0.",
         "padding": "must have a token that is not padding, got none in slice 1",
         "size": "must divide the number of processes, of which there must be two or more, got 3 of 2.",
         "smoothing": "label_smoothing_factor must be 0.0 to split texts, got 0.1",

@@ -274,8 +274,8 @@ def sentences(origins, tmp_path_factory) -> list[dict[str, Any]]:
         "model.layers.1.ffn.up_proj.up.weight.",
         "nan, parts of weights": "must be finite, got NaN or infinity in model.layers.1.ffn.up_proj.weight.",
         "pickled": "must be of safetensors files, got ",
-        "another text": "ValueError: Processes that share a model must be given the same text, got another in process "
-        "1 of them than in process 0.",
+        "another text": "ValueError: Processes that share a model or a text must be given the same text, got another "
+        "in process 1 of them than in process 0.",
         "another mask": "must be given the same text, got another in process 1",
         "another seed": "must be given the same seed, by torch.manual_seed, to draw the same random numbers, got",
         "other rows": "must be given the same rows, got another in process 1",
