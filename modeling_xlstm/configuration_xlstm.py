@@ -226,9 +226,17 @@ class XLSTMConfig(PreTrainedConfig):
         return ["linear_attention"] * self.num_hidden_layers
 
     @property
-    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]  # it depends on the kinds of block
+    def base_model_tp_plan(self) -> dict[str, str]:
         """How tensor parallelism splits an `XLSTMModel`."""
         return tp_plan(self)
+
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan: dict[str, str]) -> None:
+        if plan != tp_plan(self):  # Transformers 5.16 sets it again
+            raise AttributeError(
+                "base_model_tp_plan must be that of the configuration, got another; DistributedConfig(tp_plan=...) "
+                "changes rules of it."
+            )
 
     @property
     def base_model_fsdp_plan(self) -> dict[str, str]:  # type: ignore[override]
@@ -243,9 +251,10 @@ class XLSTMConfig(PreTrainedConfig):
 
     @property
     def processes(self) -> int:
-        """How many processes have a part of the weights each."""
+        """How many processes share a model, which was loaded with a `DistributedConfig` if they do."""
         distributed = getattr(self, "distributed_config", None)
-        return 1 if distributed is None else distributed.tp_size * distributed.fsdp_size * distributed.pp_size
+        sizes = ("tp_size", "fsdp_size", "pp_size", "dp_replicate_size")
+        return math.prod(getattr(distributed, size, 1) for size in sizes)
 
     @property
     def ratio(self) -> str:

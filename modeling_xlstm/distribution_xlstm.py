@@ -1,6 +1,7 @@
 """What a model does where Transformers spreads it over processes, loads its parts, and saves them."""
 
 import hashlib
+import inspect
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
@@ -40,6 +41,10 @@ class DistributionMixin:
             raise RuntimeError(f"More than one kind of parallelism needs Transformers 5.23, got {__version__}.")
         if pp > 1 and tp > 1:
             raise ValueError(f"Processes of a pipeline cannot share heads too, got pp_size={pp} and tp_size={tp}.")
+        if model.config.processes > 1 and getattr(model, "is_quantized", False):
+            raise ValueError("A model must not be quantised to be shared by processes, got one that is.")
+        if pp > 1 and model.get_output_embeddings() is None:
+            raise ValueError(f"A pipeline must be of a language model, got a {type(model).__name__}.")
         if pp > model.config.num_hidden_layers:
             raise ValueError(f"pp_size must be at most num_hidden_layers = {model.config.num_hidden_layers}, got {pp}.")
         if tp > 1:
@@ -62,32 +67,35 @@ class DistributionMixin:
         return model
 
     @staticmethod
-    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any):
-        """As in Transformers; where processes share the weights, each reads its rows of matrices, which a file may have
-        in one or in parts."""
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
+    ):  # fmt: skip
+        """As in Transformers; where processes share the weights, each reads what it has of matrices, which a file may
+        have in one or in parts."""
         load = partial(PreTrainedModel._load_pretrained_model, model)
         if model.config.processes == 1:
-            return load(state_dict, checkpoint_files, load_config, *args)
-        with opened(state_dict, checkpoint_files) as weights:
+            return load(state_dict, checkpoint_files, load_config, *args, **kwargs)
+        with opened(state_dict, checkpoint_files, model.config.ranks) as weights:
             arrange = whole_weights if model.config.ranks == 1 else split_weights
-            return load(arrange(weights, model.config), checkpoint_files, without_converters(load_config), *args)
+            weights = arrange(weights, model.config)
+            return load(weights, checkpoint_files, without_converters(load_config), *args, **kwargs)
 
     def _load_and_finalize_distributed_pretrained_model(self: Any, folder: Any, *args: Any):
-        """As in Transformers, whose error names a weight only. Raises ValueError if there is another set of weights."""
+        """As in Transformers, whose error names a weight only. Raises ValueError if one of the model is missing."""
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
         stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
         missing = sorted(self.state_dict().keys() - stored.keys())
         if missing:
             raise ValueError(
-                f"The distributed checkpoint {folder} must hold {missing[0]}, got none: one that was saved with a "
-                "tp_size above 1 is read with such a one, and no other. consolidate_distributed_checkpoint of "
-                "transformers.distributed.checkpoint makes files of it that any number of processes read."
+                f"The distributed checkpoint {folder} must hold {missing[0]}, got none. One saved with a tp_size above "
+                "1 is read with such a one, and one saved without it is read without; files that "
+                "consolidate_distributed_checkpoint of transformers.distributed.checkpoint makes are read with any."
             )
         return super()._load_and_finalize_distributed_pretrained_model(folder, *args)  # type: ignore[misc]
 
-    def check_loaded(self: Any) -> None:
-        """What is to hold of a model whose parts were loaded: new weights, which are random, are those of one process.
+    def settle_loaded(self: Any) -> None:
+        """Makes new weights, which are random, the same in all processes that have them, once a model is loaded.
 
         Raises ValueError if embeddings that are tied were stored as two weights, one of which FSDP2 would not have.
         """
@@ -98,11 +106,13 @@ class DistributionMixin:
                 "Tied embeddings must be one weight in a checkpoint for FSDP2, got two that differ: load it with "
                 "tie_word_embeddings=False."
             )
-        if self.config.ranks > 1:
-            for x in self.parameters():
-                if not isinstance(x, DTensor) or "tp" not in (x.device_mesh.mesh_dim_names or ("tp",)):
-                    local = x.to_local() if isinstance(x, DTensor) else x
-                    dist.broadcast(local.detach(), group=self.text_group, group_src=0)
+        for x in self.parameters():
+            names = x.device_mesh.mesh_dim_names or ("tp",) if isinstance(x, DTensor) else ()
+            local = (x.to_local() if isinstance(x, DTensor) else x).detach()
+            if "dp_replicate" in names:
+                dist.broadcast(local, group=x.device_mesh.get_group("dp_replicate"), group_src=0)
+            if self.config.ranks > 1 and "tp" not in names:
+                dist.broadcast(local, group=self.text_group, group_src=0)
 
     def gather_sharded_state_dict_for_save(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """As in Transformers, tied weights once, and matrices of several projections in one again."""
@@ -127,13 +137,17 @@ class DistributionMixin:
 def _through_stages(model: Any, forward: Callable) -> Callable:
     """`forward` of a pipeline of Transformers, which gives logits and a state; all else is refused."""
 
+    signature = inspect.signature(forward)
+
     @wraps(forward)
     def checked(*args: Any, **kwargs: Any) -> Any:
+        named = signature.bind_partial(*args, **kwargs).arguments
+        named = {"output_hidden_states": model.config.output_hidden_states, **named, **named.get("kwargs", {})}
         wanted = ("labels", "shift_labels", "output_hidden_states", "output_gates", *BOUNDARIES)
-        given = [name for name in wanted if kwargs.get(name) is not None and kwargs[name] is not False]
+        given = [name for name in wanted if named.get(name) is not None and named[name] is not False]
         if given or model.training:
             got = " and ".join(given) or "training mode"
-            raise ValueError(f"A pipeline gives logits in evaluation mode, of texts that are not packed, got {got}.")
+            raise ValueError(f"A pipeline gives logits in evaluation mode, of ids, embeddings and a mask, got {got}.")
         with torch.no_grad():
             return forward(*args, **kwargs)
 
@@ -153,6 +167,7 @@ def check_alike(group: ProcessGroup | None, what: str, *tensors: Tensor | None) 
     """Raises ValueError, in each process of the group (of all), unless the tensors, `what`, are the same in each."""
     hashed = hashlib.sha256()
     for x in tensors:
+        hashed.update(repr(None if x is None else (x.dtype, tuple(x.shape))).encode())
         hashed.update(b"" if x is None else x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     found: list[bytes] = [b""] * dist.get_world_size(group)
     dist.all_gather_object(found, hashed.digest(), group)

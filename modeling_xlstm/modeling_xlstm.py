@@ -217,7 +217,7 @@ class XLSTMPreTrainedModel(DistributionMixin, PreTrainedModel):
         Embeddings that a checkpoint says are tied, but stores as two different weights, are not tied: Transformers' own
         xLSTM writes such checkpoints.
         """
-        if (config := kwargs.get("config")) is not None and getattr(config, "processes", 1) > 1:
+        if (config := kwargs.get("config")) is not None and getattr(config, "distributed_config", None) is not None:
             kwargs["config"] = copy.copy(config)
             kwargs["config"].distributed_config = None  # of the model that it was given to
         result = super().from_pretrained(*args, **kwargs)
@@ -227,7 +227,7 @@ class XLSTMPreTrainedModel(DistributionMixin, PreTrainedModel):
         names = (name for name, weight in model.named_parameters() if not _is_finite(weight))
         if name := first_of_all(next(names, None), model):
             raise ValueError(f"All weights of a checkpoint must be finite, got NaN or infinity in {name}.")
-        model.check_loaded()
+        model.settle_loaded()
         if model.config.ranks > 1:
             pack_projections(model)
         ends = [getattr(x, "weight", None) for x in (model.get_output_embeddings(), model.get_input_embeddings())]
@@ -470,7 +470,10 @@ def _pieces(B: int, T: int, keep: int) -> list[tuple[int, int]]:
 
 def _is_finite(weight: Tensor) -> bool:
     """Whether what this process has of a weight is. Quantised ones are of classes which may not know isfinite."""
-    weight = weight.to_local() if isinstance(weight, DTensor) else getattr(weight, "ds_tensor", weight)  # of DeepSpeed
+    if (part := getattr(weight, "ds_tensor", None)) is not None:  # of DeepSpeed, whose last part may end with anything
+        before = part.numel() * torch.distributed.get_rank(weight.ds_process_group)  # type: ignore[attr-defined]
+        weight = part[: max(weight.ds_numel - before, 0)]  # type: ignore[attr-defined]
+    weight = weight.to_local() if isinstance(weight, DTensor) else weight
     known = type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and not weight.is_meta
     return not known or not weight.numel() or is_finite(weight)
 

@@ -1,4 +1,4 @@
-"""Weights of a model whose matrices are several each (see `tensor_parallel`), from and to those of a checkpoint.
+"""Weights of a model that processes share, whose matrices may be several each, from and to those of a checkpoint.
 
 A checkpoint may be of this package, its matrices in one, or in parts if it was distributed, or in Transformers' format.
 """
@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers.core_model_loading import Concatenate
+from transformers.modeling_utils import load_state_dict
 
 from .checkpoint_xlstm import FUSED, SINGLE
 from .configuration_xlstm import XLSTMConfig
@@ -19,10 +20,12 @@ from .parallel_plan import parts_of
 
 
 @contextmanager
-def opened(weights: Mapping[str, Any] | None, files: Sequence[str] | None) -> Iterator[Mapping[str, Any]]:
+def opened(
+    weights: Mapping[str, Any] | None, files: Sequence[str] | None, ranks: int
+) -> Iterator[Mapping[str, Any]]:  # fmt: skip
     """Weights by name, as they are given, or of safetensors files that are read when a weight is indexed.
 
-    Raises ValueError if a file is of another format, of which all would have to be read.
+    Raises ValueError if a file is of another format, all of which would have to be read, and processes share heads.
     """
     if weights is not None:
         yield weights
@@ -31,7 +34,10 @@ def opened(weights: Mapping[str, Any] | None, files: Sequence[str] | None) -> It
         found: dict[str, Any] = {}
         for path in files or ():
             if not str(path).endswith(".safetensors"):
-                raise ValueError(f"A checkpoint that processes share must be of safetensors files, got {path}.")
+                if ranks > 1:
+                    raise ValueError(f"A checkpoint for tensor parallelism must be of safetensors files, got {path}.")
+                found |= load_state_dict(path)
+                continue
             file = stack.enter_context(safe_open(path, framework="pt"))
             found |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no dict
         yield found
@@ -154,6 +160,9 @@ def _joined(weights: dict[str, Any], config: XLSTMConfig, join: Callable[[list[A
         first = f".{module}.{parts.names[0]}."
         for name in [name for name in weights if first in name]:
             prefix, _, kind = name.partition(first)
-            pieces = [weights.pop(f"{prefix}.{module}.{part}.{kind}") for part in parts.names]
+            names = [f"{prefix}.{module}.{part}.{kind}" for part in parts.names]
+            if missing := [x for x in names if x not in weights]:
+                raise ValueError(f"A checkpoint that holds {name} must hold {missing[0]} too, got none.")
+            pieces = [weights.pop(x) for x in names]
             result[f"{prefix}.{module}.{kind}"] = join(pieces, parts.dim)
     return result | weights

@@ -155,6 +155,13 @@ class SplitLinear(nn.ModuleDict):
             self.packed = None
         return torch.cat([part(x) for part in self.parts], -1)
 
+    def _apply(self, *args: Any, **kwargs: Any):
+        """As in PyTorch, which moves the weights each by itself."""
+        super()._apply(*args, **kwargs)
+        if self.packed is not None:
+            self.pack()
+        return self
+
     def _is_one(self, x: Tensor) -> bool:
         """Whether one product of plain tensors gives what the parts would."""
         return (

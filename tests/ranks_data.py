@@ -370,6 +370,9 @@ def zero3(rank: int, folder: Path, world: int, name: str) -> Result:
     settings |= {"gradient_clipping": 0.0, "bf16": {"enabled": False}}
     kept = HfDeepSpeedConfig(settings)  # from_pretrained looks for one that is alive
     refused = said(XLSTMForCausalLM.from_pretrained, folder / "nan")
+    torch.use_deterministic_algorithms(True)  # which fills memory, as behind the last part of a weight, with NaN
+    odd = said(XLSTMForCausalLM.from_pretrained, folder / "odd")
+    torch.use_deterministic_algorithms(False)
     model = XLSTMForCausalLM.from_pretrained(folder / name).train()
     parts = {key: (x.numel(), x.ds_tensor.numel(), x.ds_numel) for key, x in model.named_parameters()}
     engine, *_ = deepspeed.initialize(model=model, config=kept.config)
@@ -385,7 +388,14 @@ def zero3(rank: int, folder: Path, world: int, name: str) -> Result:
     tokens = model.generate(PROMPTS, attention_mask=PADDING, max_new_tokens=6)
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         whole_weights = weights(model)
-    return {"losses": losses, "weights": whole_weights, "tokens": tokens, "parts": parts, "refused": refused}
+    return {
+        "losses": losses,
+        "weights": whole_weights,
+        "tokens": tokens,
+        "parts": parts,
+        "refused": refused,
+        "odd": odd,
+    }
 
 
 def said(function: Callable, *args: Any, **kwargs: Any) -> str:

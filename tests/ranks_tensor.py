@@ -178,6 +178,7 @@ def stages(rank: int, folder: Path) -> dict[str, Any]:
         said(model, input_ids=IDS, labels=IDS),
         said(model, input_ids=IDS[:1], cu_seq_lens_q=torch.tensor([0, 5, 23])),
         said(model, input_ids=IDS, output_gates=True),
+        said(model, IDS, None, None, None, IDS),
         said(model.train(), input_ids=IDS),
         said(model.save_pretrained, folder / "pipeline"),
         said(model.eval().generate, IDS + rank, max_new_tokens=2),
@@ -236,17 +237,21 @@ def formats(rank: int, folders: dict[str, Path]) -> dict[str, Any]:
 
 
 def products(model: Any) -> dict[str, Any]:
-    """Logits, and how many of the parts of matrices were multiplied by themselves: at first, and in another dtype."""
+    """Logits, and how many of the parts of matrices were multiplied by themselves: at first, in another dtype, and where
+    one was replaced."""
     calls: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, SplitLinear) and "gate_proj" not in name:
             for part in module.parts:
                 part.forward = partial(_counted, calls, part.forward)
     results = {}
-    for when, dtype in (("at first", torch.float32), ("moved", torch.float64)):
+    for when, dtype in (("at first", torch.float32), ("moved", torch.float64), ("replaced", torch.float64)):
+        if when == "replaced":
+            part = model.model.layers[0].mixer.qkvo_proj["k"]
+            part.weight = nn.Parameter(part.weight.detach().clone())
         calls.clear()
         with torch.no_grad():
-            results[when] = model.to(dtype)(IDS).logits, len(calls)
+            results[when] = model.to(dtype)(IDS).logits if when == "moved" else model(IDS).logits, len(calls)
     return results
 
 
@@ -263,6 +268,7 @@ def refusals(rank: int, folders: dict[str, Path], saved: Path) -> dict[str, Any]
         for name in ("heads", "slstm heads", "nan", "pickled")
     }
     results["nan, parts of weights"] = said(shared_model, folders["nan"], torch.float32, fsdp_size=2)
+    results["pickled, parts of weights"] = said(shared_model, folders["pickled"], torch.float32, fsdp_size=2)
     results["two weights"] = said(shared_model, folders["two weights"], torch.float32, fsdp_size=2)
     model = shared_model(folders["native"], torch.float32, tp_size=2)
     results["original format"] = said(model.save_pretrained, saved, save_original_format=True)

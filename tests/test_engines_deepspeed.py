@@ -8,6 +8,7 @@ import pytest
 import ranks
 import ranks_data
 import torch
+from models import tiny_model
 from ranks_data import EXAMPLES
 
 
@@ -49,6 +50,8 @@ def zero3(request, tmp_path_factory) -> tuple[dict[str, Any], list[dict[str, Any
     with torch.no_grad():
         broken.model.layers[1].mixer_norm.weight[-1] = torch.nan  # of the last process's part
     broken.save_pretrained(folder / "nan")
+    odd: Any = tiny_model("post_up", hidden_size=33, num_heads=3, qk_dim_factor=1.0)
+    odd.save_pretrained(folder / "odd")
     (folder / "one").mkdir()
     (one,) = ranks.run(ranks_data.zero3, 1, folder / "one", folder, 1, name)
     return one, ranks.run(ranks_data.zero3, WORLD, folder, folder, WORLD, name, timeout=300)
@@ -62,6 +65,7 @@ def test_no_process_of_zero3_has_a_weight_whole_after_loading(zero3):
 
 def test_a_weight_that_is_not_finite_is_refused_in_every_process(zero3):
     for result in zero3[1]:
+        assert result["odd"] == "nothing"
         assert result["refused"].endswith("must be finite, got NaN or infinity in model.layers.1.mixer_norm.weight.")
 
 

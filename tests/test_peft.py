@@ -6,7 +6,7 @@ from models import KINDS, TWO_KINDS, assert_near, gradients, random_ids, tiny_mo
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from modeling_xlstm import XLSTMForSequenceClassification
+from modeling_xlstm import XLSTMForCausalLM, XLSTMForSequenceClassification
 from modeling_xlstm.configuration_xlstm import LORA_TARGETS
 
 
@@ -119,3 +119,16 @@ def test_a_classifier_is_adapted_and_keeps_its_head(tmp_path):
 def test_a_module_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match=r"Target modules .*attention.* not found in the base model"):
         adapted(target_modules=["attention"])
+
+
+def test_transformers_loads_an_adapter_that_it_has_saved(tmp_path):
+    tiny_model("post_up").save_pretrained(tmp_path / "model")
+    model = XLSTMForCausalLM.from_pretrained(tmp_path / "model")
+    model.add_adapter(LoraConfig(init_lora_weights=False, target_modules=["qkvo_proj"]))
+    model.save_pretrained(tmp_path / "adapter")
+    expected = model(random_ids(1, 7)).logits
+    for source in ("model", "adapter"):
+        other = XLSTMForCausalLM.from_pretrained(tmp_path / source)
+        if source == "model":
+            other.load_adapter(tmp_path / "adapter")
+        torch.testing.assert_close(other(random_ids(1, 7)).logits, expected, atol=0, rtol=0)
