@@ -237,8 +237,8 @@ def formats(rank: int, folders: dict[str, Path]) -> dict[str, Any]:
 
 
 def products(model: Any) -> dict[str, Any]:
-    """Logits, and how many of the parts of matrices were multiplied by themselves: at first, in another dtype, and where
-    one was replaced."""
+    """Logits, and how many of the parts of matrices were multiplied by themselves: at first, in another dtype, and with
+    one replaced."""
     calls: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, SplitLinear) and "gate_proj" not in name:
