@@ -106,7 +106,7 @@ class DistributionMixin:
                 "Tied embeddings must be one weight in a checkpoint for FSDP2, got two that differ: load it with "
                 "tie_word_embeddings=False."
             )
-        for x in self.parameters():
+        for x in self.parameters() if self.config.processes > 1 else ():
             names = x.device_mesh.mesh_dim_names or ("tp",) if isinstance(x, DTensor) else ()
             local = (x.to_local() if isinstance(x, DTensor) else x).detach()
             if "dp_replicate" in names:
