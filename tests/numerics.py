@@ -140,3 +140,9 @@ def test_each_compares_all_names():
         assert_each(assert_exact, result, {"a": ORACLE, "b": ORACLE})
     with pytest.raises(AssertionError):
         assert_each(assert_exact, result, {"a": ORACLE})
+
+
+def difference(actual: Tensor, expected: Tensor) -> float:
+    """Of the largest value expected."""
+    assert actual.shape == expected.shape and torch.isfinite(actual).all()
+    return ((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()

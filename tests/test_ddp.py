@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import ranks
 import ranks_data
-from test_fsdp import assert_equal, difference
+from numerics import difference
+from test_fsdp import assert_equal
 
 
 WORLD = 2

@@ -11,9 +11,9 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser  # type: ignore[import-untyped]
 from accelerate.utils.launch import prepare_multi_gpu_env  # type: ignore[import-untyped]
 from models import tiny_config
+from numerics import difference
 from ranks_data import MODELS
 from safetensors.torch import load_file
-from torch import Tensor
 
 from modeling_xlstm import XLSTMForCausalLM
 
@@ -47,11 +47,6 @@ def two(folder, tmp_path_factory) -> list[dict[tuple[str, str], Any]]:
 def assert_equal(actual: Any, expected: Any) -> None:
     """To the bit."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
-
-
-def difference(actual: Tensor, expected: Tensor) -> float:
-    """Of the largest value expected."""
-    return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -3,6 +3,7 @@
 import pytest
 import ranks
 import torch
+from numerics import difference
 from torch import Tensor
 
 from modeling_xlstm.sequence_parallel import shard_sequence
@@ -33,12 +34,6 @@ def _join(name: str, parts: list[dict[str, Tensor]]) -> Tensor:
     if name == "loss" or not name.startswith("final"):
         assert all(torch.equal(part[name], parts[0][name]) for part in parts), f"{name} must be the same everywhere"
     return parts[-1][name]
-
-
-def difference(actual: Tensor, expected: Tensor) -> float:
-    """Of the largest value expected."""
-    assert actual.shape == expected.shape and torch.isfinite(actual).all()
-    return ((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
 
 
 ALL = [(kind, name) for kind, (_, names) in ranks.CASES.items() for name in names]

@@ -11,6 +11,7 @@ import ranks
 import ranks_tensor
 import torch
 from models import tiny_config, tiny_model
+from numerics import difference
 from ranks_data import assert_loads, page_commands, run_command, run_printing
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -52,12 +53,6 @@ def split(request, folder, tmp_path_factory) -> tuple[int, list[dict], Path]:
 @pytest.fixture(scope="module")
 def two_ways(folder, tmp_path_factory) -> list[dict]:
     return ranks.run(ranks_tensor.split_two_ways, 4, tmp_path_factory.mktemp("ranks"), folder, timeout=300)
-
-
-def difference(actual: Tensor, expected: Tensor) -> float:
-    """Of the largest value expected."""
-    assert actual.shape == expected.shape and torch.isfinite(actual).all()
-    return ((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
 
 
 def assert_same(actual: Outcomes, expected: Outcomes, oracle: Outcomes) -> None:
