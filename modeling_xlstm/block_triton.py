@@ -10,6 +10,7 @@
 | product | down projection | residual |
 
 With more than one row a norm is a kernel of its own. Weights and states are read once, and nothing else of their size.
+Where processes share the heads, two more kernels add up what they have (`peers_triton`), and the residual.
 """
 
 from typing import Any
@@ -17,47 +18,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import INTERPRETED
+from .backends import resolve
 from .cache_xlstm import LayerState
-from .layers_xlstm import GateLinear, MLSTMLayer, is_few
-from .linear import is_for_triton, is_hooked
-from .linear_triton import Gates, Norm, multiply
+from .layers_xlstm import MLSTMLayer, is_few
+from .linear import are_rows_for_triton, is_weight_for_triton
+from .linear_triton import ROWS, Gates, Norm, multiply
+from .peers_triton import Peers, peers_of
+from .tensor_parallel import BlockWeights, block_weights
 
 
-def takes(block: Any, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None) -> bool:
-    """Whether `block_steps` serves this: a plain block of xLSTM-7B in half precision, and a state to overwrite."""
-    if not (x.is_cuda or INTERPRETED):
-        return False
-    mixer = block.mixer
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or block.training:
-        return False
-    if type(mixer) is not MLSTMLayer or type(mixer.gate_proj) is not GateLinear:  # which may have an adapter
-        return False
-    if state is None or not state.in_place or cu_seqlens is not None or not is_few(*x.shape[:2]):
-        return False
-    products = (mixer.qkvo_proj, mixer.out_proj, block.ffn.up_proj, block.ffn.down_proj)
-    return (
-        mixer.config.norm_type == "rms_norm"
-        and block.mixer_norm.bias is None
-        and mixer.gate_proj.bias is not None
-        and all(is_for_triton(module, x, mixer.backend) for module in products)
-        and not any(is_hooked(module) for module in block.modules())
-    )
+def step_weights(block: Any, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None) -> BlockWeights | None:
+    """The weights for `block_steps`, if it serves this: a plain block of xLSTM-7B in half precision, for inference, and
+    a state to overwrite."""
+    if not are_rows_for_triton(x) or torch.compiler.is_compiling() or block.training:
+        return None
+    if type(block.mixer) is not MLSTMLayer or state is None or not state.in_place or cu_seqlens is not None:
+        return None
+    if not is_few(*x.shape[:2]) or x.numel() > ROWS * x.shape[-1] or torch.is_autocast_enabled(x.device.type):
+        return None
+    weights = block_weights(block) if resolve(block.mixer.backend, x) == "triton" else None
+    if weights is None:
+        return None
+    matrices = weights.qkvo, weights.out, weights.up, weights.down
+    fits = all(is_weight_for_triton(weight, x) for weight in matrices)
+    return weights if fits and (block.mixer.group is None or peers_of(block.mixer.group, x.device)) else None
 
 
-def block_steps(block: Any, x: Tensor, state: LayerState, mask: Tensor | None) -> Tensor:
+def block_steps(block: Any, weights: BlockWeights, x: Tensor, state: LayerState, mask: Tensor | None) -> Tensor:
     """x `[B, T, D]` to that behind the block; the state becomes the new one."""
     B, T, D = x.shape
-    mixer, ffn = block.mixer, block.ffn
+    mixer = block.mixer
+    peers = None if mixer.group is None else peers_of(mixer.group, x.device)
     x = x.reshape(B * T, D)
-    gate_proj = mixer.gate_proj
-    gates = Gates(gate_proj.weight, gate_proj.bias, x.new_empty(B * T, gate_proj.out_features, dtype=torch.float32))
-    qkvo = multiply(x, mixer.qkvo_proj.weight, norm=_norm(block.mixer_norm), gates=gates)
+    gates = Gates(weights.gate, weights.gate_bias, x.new_empty(B * T, len(weights.gate), dtype=torch.float32))
+    qkvo = multiply(x, weights.qkvo, norm=Norm(weights.mixer_norm, block.mixer_norm.eps), gates=gates)
     y, _ = mixer.heads(qkvo.view(B, T, -1), gates.out.view(B, T, -1), state.cell, True, mask)
-    x = multiply(y.flatten(0, 1), mixer.out_proj.weight, residual=x)
-    y = multiply(x, ffn.up_proj.weight, norm=_norm(block.ffn_norm), activation="silu")
-    return multiply(y, ffn.down_proj.weight, residual=x).view(B, T, D)
+    x = _added(y.flatten(0, 1), weights.out, x, peers, 0)
+    y = multiply(x, weights.up, norm=Norm(weights.ffn_norm, block.ffn_norm.eps), activation="silu")
+    return _added(y, weights.down, x, peers, 1).view(B, T, D)
 
 
-def _norm(norm: Any) -> Norm:
-    return Norm(norm.weight, norm.eps)
+def _added(y: Tensor, weight: Tensor, residual: Tensor, peers: Peers | None, place: int) -> Tensor:
+    """`residual + y @ weight.T`, with what the other processes have of the product."""
+    if peers is None:
+        return multiply(y, weight, residual=residual)
+    out, copies = peers.term(place, residual)
+    multiply(y, weight, out=out, copies=copies)
+    return peers.total(place, residual)

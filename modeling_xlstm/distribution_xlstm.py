@@ -17,6 +17,7 @@ from transformers.modeling_utils import PreTrainedModel
 from .backends import COMBINES_PARALLELISM
 from .inputs_xlstm import BOUNDARIES
 from .layers_xlstm import SLSTMLayer
+from .linear import SHARED
 from .split_checkpoint import join_weights, opened, split_weights, whole_weights, without_converters
 from .tensor_parallel import split_projections
 
@@ -61,6 +62,9 @@ class DistributionMixin:
         model = super().maybe_distribute_model(model, distributed_config, *args)  # type: ignore[misc]
         if tp > 1:
             model.text_group = model.base_model.text_group = model.base_model.layers[0].mixer.group
+            for module in model.modules():
+                if "forward" in vars(module):
+                    setattr(module, SHARED, module.forward)
         if pp > 1:
             model.text_group = model._pp_stage.pp_group
             model.forward = _through_stages(model, model.forward)

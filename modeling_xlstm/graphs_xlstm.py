@@ -26,7 +26,7 @@ from .cache_xlstm import TURNS, XLSTMCache
 from .checks import state_dtype
 from .fingerprint import state_fields
 from .layers_xlstm import FEW_STEPS
-from .linear import is_hooked
+from .linear import is_hooked, own_part
 
 
 # Tokens of a pass that is worth a graph, those of all its rows together: more keep a GPU busy by themselves.
@@ -333,7 +333,7 @@ def _survey(model: Any) -> tuple[tuple, bool]:
     package, and weights plain: what others do may change from call to call, with weights that are who knows where."""
     roots = ("torch.nn.", __name__.rpartition(".")[0] + ".")
     modules = list(model.modules())
-    tensors = [x for m in modules for x in (*m._parameters.values(), *m._buffers.values()) if x is not None]
+    tensors = [own_part(x) for m in modules for x in (*m._parameters.values(), *m._buffers.values()) if x is not None]
     config = model.config
     fields = state_fields(config), config.output_logit_soft_cap
     key = [x.data_ptr() for x in tensors], [(m.__dict__.get("backend"), m.__dict__.get("eps")) for m in modules], fields

@@ -22,7 +22,7 @@ from .cache_xlstm import LayerState
 from .checks import check_float, check_like, check_sequence, full_precision, state_dtype
 from .configuration_xlstm import XLSTMConfig
 from .fused import rms_norm, soft_cap
-from .linear import is_alone, is_hooked, linear
+from .linear import is_alone, is_itself, linear, own_part
 from .mlstm import mlstm_chunkwise, mlstm_step, mlstm_steps_, mlstm_steps_gated_
 from .mlstm_torch import MLSTMState, hold_padding
 from .mlstm_torch import mlstm_step as mlstm_step_
@@ -146,12 +146,16 @@ class GateLinear(nn.Linear):
         init.copy_(self.bias, torch.cat((igate, fgate)))
 
     def forward(self, x: Tensor) -> Tensor:
-        if HAS_TRITON and x.dtype in (torch.float16, torch.bfloat16) and resolve(self.backend, x) == "triton":
-            return gates(x, self.weight, self.bias)
-        dtype = state_dtype(x.dtype)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        with full_precision(x.device):
-            return F.linear(x.to(dtype), self.weight.to(dtype), bias)
+        return gate_linear(x, self.weight, self.bias, self.backend)
+
+
+def gate_linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    """`x @ weight.T + bias` in float32 or better."""
+    if HAS_TRITON and x.dtype in (torch.float16, torch.bfloat16) and resolve(backend, x) == "triton":
+        return gates(x, weight, bias)
+    dtype = state_dtype(x.dtype)
+    with full_precision(x.device):
+        return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 def check_layer_input(
@@ -359,6 +363,8 @@ def is_few(batch_size: int, steps: int) -> bool:
 class _MLSTMMixer(nn.Module):
     """What both mLSTM layers share: gates, the cell, and the norm of its heads."""
 
+    group: Any = None  # of the processes that share its heads
+
     def __init__(self, config: XLSTMConfig, gate_inputs: int, igate_mean: float, igate_std: float):
         super().__init__()
         config.check_mlstm()
@@ -401,12 +407,13 @@ class _MLSTMMixer(nn.Module):
             gates, options["gate_soft_cap"] = soft_cap(gates, config.gate_soft_cap), None
         igate, fgate = gates.chunk(2, -1)
         if in_place and backend == "triton" and is_few(*q.shape[:2]) and not torch.is_grad_enabled():
-            if len(gating) > 1 or is_hooked(self.head_norm):
+            if len(gating) > 1 or not is_itself(self.head_norm, HeadNorm):
                 h = mlstm_steps_(q, k, v, igate, fgate, state, **options)
                 return self._gated(h, backend, keep, *gating), state
             (ogate,), norm = gating, self.head_norm
             options |= {"offset": norm.offset, "norm_eps": norm.eps}
-            y = mlstm_steps_gated_(q, k, v, igate, fgate, ogate, state, norm.weight, norm.bias, **options)
+            weight, bias = own_part(norm.weight), own_part(norm.bias)
+            y = mlstm_steps_gated_(q, k, v, igate, fgate, ogate, state, weight, bias, **options)
             return last(y, keep), state
         if T == 1 and cu_seqlens is None:
             q, k, v, igate, fgate = (x.squeeze(1) for x in (q, k, v, igate, fgate))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from .backends import HAS_ONEDNN_LINEAR, HAS_TRITON, INTERPRETED, needs_triton, resolve
@@ -22,6 +23,7 @@ if HAS_TRITON:
     from .glu_triton import gated_linear_unit
     from .linear_triton import ROWS, multiply
 
+SHARED = "shared_forward"  # what a module computes instead where processes share it: not for others to see or change
 SMALL = 1 << 19  # numbers of a matrix that MKL has multiplied with one row before oneDNN has begun
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {"silu": F.silu, "gelu": F.gelu}
 
@@ -61,7 +63,8 @@ def is_hooked(module: Any) -> bool:
 
     Transformers leaves hooks behind once hidden states were asked for, which do nothing unless they are.
     """
-    if "forward" in module.__dict__:  # as by what moves weights between devices
+    own = module.__dict__
+    if own.get("forward") is not own.get(SHARED):  # as by what moves weights between devices
         return True
     if not (module._forward_pre_hooks or module._forward_hooks):
         return False
@@ -70,14 +73,23 @@ def is_hooked(module: Any) -> bool:
 
 
 def is_alone(module: Any, kind: Any = nn.Linear) -> bool:
-    """Whether a module is only a linear layer of a kind: not quantised, adapted, hooked or compiled."""
+    """Whether a module is only a linear layer of a kind: not quantised, adapted, hooked, compiled or shared."""
+    return is_itself(module, kind) and type(module.weight) is nn.Parameter
+
+
+def is_itself(module: Any, kind: Any) -> bool:
+    """Whether a module is of a kind, not hooked, and not compiled; processes may share it."""
     return (
         type(module) is kind
-        and type(module.weight) is nn.Parameter
         and not is_hooked(module)
         and not (module._backward_hooks or module._backward_pre_hooks or _has_any_global_hook())
         and module._compiled_call_impl is None
     )
+
+
+def own_part(weight: Tensor | None) -> Tensor | None:
+    """What this process has of a weight."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def is_plain(module: Any, x: Tensor) -> bool:
@@ -94,17 +106,24 @@ def is_plain(module: Any, x: Tensor) -> bool:
 def is_for_triton(module: Any, x: Tensor, backend: str) -> bool:
     """Whether a product of rows like those of x, of any width, may be made by Triton: few, no bias, for inference."""
     return (
-        HAS_TRITON
-        and (x.is_cuda or INTERPRETED)  # first, as on a CPU there is time for nothing else
-        and x.dtype in (torch.float16, torch.bfloat16)
-        and not torch.is_grad_enabled()
+        are_rows_for_triton(x)  # first, as on a CPU there is time for nothing else
         and is_plain(module, x)
         and module.bias is None
-        and module.in_features % 8 == 0  # rows start where the copy engine can start
-        and module.weight.is_contiguous()
+        and is_weight_for_triton(module.weight, x)
         and resolve(backend, x) == "triton"
         and x.numel() <= ROWS * x.shape[-1]  # last, as a program for any number of rows must not depend on it
     )
+
+
+def are_rows_for_triton(x: Tensor) -> bool:
+    """What `is_for_triton` asks of x, but for their number."""
+    half = HAS_TRITON and (x.is_cuda or INTERPRETED) and x.dtype in (torch.float16, torch.bfloat16)
+    return half and not torch.is_grad_enabled()
+
+
+def is_weight_for_triton(weight: Tensor, x: Tensor) -> bool:
+    """What it asks of a weight: that it is alike, and its rows start where the copy engine can start."""
+    return weight.dtype == x.dtype and weight.device == x.device and weight.shape[1] % 8 == 0 and weight.is_contiguous()
 
 
 def linear(
@@ -124,7 +143,7 @@ def linear(
         y = _onednn_product(module, x, weight)
     else:
         y = module(x)
-    return soft_cap(_glu(y, activation, backend) if activation else y, cap, backend)
+    return soft_cap(glu(y, activation, backend) if activation else y, cap, backend)
 
 
 def is_for_onednn(module: Any, x: Tensor) -> bool:
@@ -157,7 +176,8 @@ def _onednn_product(module: Any, x: Tensor, weight: Tensor) -> Tensor:
     return y.view(*x.shape[:-1], module.out_features)
 
 
-def _glu(x: Tensor, activation: str, backend: str) -> Tensor:
+def glu(x: Tensor, activation: str, backend: str) -> Tensor:
+    """`activation(gate) * up` of x `[..., 2 outputs]`, rows [gate | up]."""
     if needs_triton(backend, x):
         return gated_linear_unit(x, activation)
     gate, up = x.chunk(2, -1)

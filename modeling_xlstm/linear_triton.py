@@ -76,14 +76,23 @@ def _finish(y, up, o, valid, residual, cap, ACTIVATION: tl.constexpr, RESIDUAL: 
     return y
 
 
+@triton.jit
+def _store(b_y, y, copies, o, valid, COPIES: tl.constexpr):
+    """Writes a block of y, and again to other places."""
+    b_y = b_y.to(y.dtype.element_ty)
+    tl.store(y + o, b_y, mask=valid)
+    for i in tl.static_range(COPIES):
+        tl.store(tl.load(copies + i).to(tl.pointer_type(y.dtype.element_ty)) + o, b_y, mask=valid)
+
+
 # kernels
 
 
 @triton.jit
 def vector_kernel(
-    x, weight, y, norm, residual, gate_weight, gate_bias, gates, N, eps, cap,
+    x, weight, y, copies, norm, residual, gate_weight, gate_bias, gates, N, eps, cap,
     K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, G: tl.constexpr, NORM: tl.constexpr,
-    ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, CAPPED: tl.constexpr, CHAINED: tl.constexpr,
+    ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, CAPPED: tl.constexpr, COPIES: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """`BN` outputs for the only row, or in the first programs a gate."""
     i = tl.program_id(0)
@@ -124,7 +133,7 @@ def vector_kernel(
             scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
             b_y, up = b_y * scale, up * scale
         b_y = _finish(b_y, up, o_n, in_n, residual, cap, ACTIVATION, RESIDUAL, CAPPED)
-        tl.store(y + o_n, b_y.to(y.dtype.element_ty), mask=in_n)
+        _store(b_y, y, copies, o_n, in_n, COPIES)
 
 
 @triton.jit
@@ -142,10 +151,10 @@ def norm_kernel(x, norm, y, eps, K: tl.constexpr, BK: tl.constexpr, CHAINED: tl.
 
 @triton.jit(do_not_specialize=["M"])
 def rows_kernel(
-    x, blocks, weight, y, residual, before, norm, gate_weight, gate_bias, gates, N, M, eps, cap,
+    x, blocks, weight, y, copies, residual, before, norm, gate_weight, gate_bias, gates, N, M, eps, cap,
     K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, G: tl.constexpr, GM: tl.constexpr,
     GG: tl.constexpr, GK: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, CAPPED: tl.constexpr,
-    STAGES: tl.constexpr, CHAINED: tl.constexpr,
+    COPIES: tl.constexpr, STAGES: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """`BN` outputs for every row, or in the first programs `GG` gates of `GM` rows.
 
@@ -180,7 +189,7 @@ def rows_kernel(
         o = o_m[None, :] * N + o_n[:, None]
         valid = (o_m < M)[None, :] & (o_n < N)[:, None]
         total = _finish(total, up, o, valid, residual, cap, ACTIVATION, RESIDUAL, CAPPED)
-        tl.store(y + o, total.to(y.dtype.element_ty), mask=valid)
+        _store(total, y, copies, o, valid, COPIES)
 
 
 @triton.jit
@@ -218,6 +227,8 @@ def multiply(
     activation: str = "",
     residual: Tensor | None = None,
     cap: float | None = None,
+    out: Tensor | None = None,
+    copies: Tensor | None = None,
 ) -> Tensor:
     """y `[M, N]` in the dtype of x: `cap(activation(rms_norm(x) @ weight.T) + residual)`. Without gradients.
 
@@ -229,22 +240,24 @@ def multiply(
         activation: `"silu"` or `"gelu"`: of the gate, which is multiplied with what is up.
         residual: `[M, N]`, contiguous, of the dtype of x.
         cap: y becomes `cap * tanh(y / cap)`.
+        out: Where y is written, contiguous, of any dtype; new when omitted.
+        copies: `[n]` int64, addresses of other such places, which may be of other GPUs.
     """
     M, K = x.shape
     N = weight.shape[0] // (2 if activation else 1)
-    y, chain = x.new_empty(M, N), chain_options(chains(x.device))
+    y, chain = x.new_empty(M, N) if out is None else out, chain_options(chains(x.device))
     options = {
         "K": K, "ACTIVATION": activation, "RESIDUAL": residual is not None, "CAPPED": cap is not None,
-        "num_warps": 4, **chain,
+        "COPIES": 0 if copies is None else len(copies), "num_warps": 4, **chain,
     }  # fmt: skip
-    gate_weight, gate_bias, out = gates or (None, None, None)
+    gate_weight, gate_bias, gated = gates or (None, None, None)
     G = 0 if gates is None else gates.weight.shape[0]
     with torch.cuda.device_of(x):
         if M == 1:
             BN, BK = 8, min(512, power_of_2(K))
             norm_weight, eps = norm or (None, 0.0)
             vector_kernel[(blocks_of(N, BN) + G,)](
-                x, weight, y, norm_weight, residual, gate_weight, gate_bias, out, N, eps, cap or 0.0,
+                x, weight, y, copies, norm_weight, residual, gate_weight, gate_bias, gated, N, eps, cap or 0.0,
                 BN=BN, BK=BK, G=G, NORM=norm is not None, **options,
             )  # fmt: skip
             return y
@@ -258,7 +271,7 @@ def multiply(
         BN, BK, options["num_warps"], stages = _blocks(BM, N, K, bool(activation), x.element_size(), x.device)
         rows_kernel[(blocks_of(N, BN) + blocks_of(M, GM) * blocks_of(G, GG),)](
             TensorDescriptor(x, [M, K], [K, 1], [BM, BK]), TensorDescriptor(weight, [*weight.shape], [K, 1], [BN, BK]),
-            weight, y, residual, before, norm_weight, gate_weight, gate_bias, out, N, M, eps, cap or 0.0,
+            weight, y, copies, residual, before, norm_weight, gate_weight, gate_bias, gated, N, M, eps, cap or 0.0,
             BM=BM, BN=BN, BK=BK, G=G, GM=GM, GG=GG, GK=min(512, power_of_2(K)), STAGES=stages, **options,
         )  # fmt: skip
     return y

@@ -69,11 +69,12 @@ from .layers_xlstm import (
     small_std,
 )
 from .linear import is_alone, linear
-from .tensor_parallel import pack_projections
+from .tensor_parallel import block_weights, pack_projections
+from .tensor_parallel_rows import rows_of
 
 
 if HAS_TRITON:
-    from .block_triton import block_steps, takes
+    from .block_triton import block_steps, step_weights
 
 
 logger = logging.get_logger(__name__)
@@ -115,8 +116,8 @@ class XLSTMBlock(GradientCheckpointingLayer):
         keep: int | None = None,
         on_gates: OnGates | None = None,
     ) -> tuple[Tensor, LayerState]:
-        if HAS_TRITON and on_gates is None and takes(self, x, state, cu_seqlens):
-            return last(block_steps(self, x, state, mask), keep), state
+        if HAS_TRITON and on_gates is None and (weights := step_weights(self, x, state, cu_seqlens)) is not None:
+            return last(block_steps(self, weights, x, state, mask), keep), state
         options: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "keep": keep, "on_gates": on_gates}
         y, state = self.mixer(self.mixer_norm(x), state, **options)
         x = last(x, keep) + (self.dropout(y) if self.training else y)
@@ -406,7 +407,8 @@ class XLSTMModel(XLSTMPreTrainedModel):
             else:  # which may hold anything where there is padding, even NaN
                 x = piece if part is None else piece.masked_fill(~part[..., None], 0.0)
             keep = (logits_to_keep or None) if end == T else 1
-            x = self.read(x, cache, part, cu_seqlens, keep, on_gates=gates.append if output_gates else None)
+            show = gates.append if output_gates else None
+            x = self.read(x, cache, part, cu_seqlens, keep, on_gates=show, scatter=not whole)
             if end < T:
                 cache.is_broken = True  # until all is read
                 cache.records = []  # what it takes to undo it would grow with the text
@@ -423,6 +425,7 @@ class XLSTMModel(XLSTMPreTrainedModel):
         keep: int | None = None,
         inputs: list[Tensor] | None = None,
         on_gates: OnGates | None = None,
+        scatter: bool = False,
     ) -> Tensor:
         """x `[B, T, D]` through all blocks, y of the last `keep` positions; the cache reads on.
 
@@ -430,12 +433,15 @@ class XLSTMModel(XLSTMPreTrainedModel):
             x, mask, cu_seqlens, keep: As in [`XLSTMBlock`].
             inputs: A list for what is given to each block.
             on_gates: Called with the gates of each.
+            scatter: Whether GPUs that share the heads may each have some rows between blocks, which nobody sees then.
         """
         B, T, _ = x.shape
         if cache is not None:
             cache.is_broken = True  # until all layers have read, whatever stops them
         recording = cache is not None and cache.is_recording
         passes: list[tuple] = []  # of each layer what it takes to redo it
+        shares = scatter and not recording and self.config.ranks > 1
+        rows = rows_of(x, self.text_group) if shares else None
         for i, block in enumerate(self.layers):
             if isinstance(block, nn.Identity):  # it is another process's
                 continue
@@ -446,7 +452,11 @@ class XLSTMModel(XLSTMPreTrainedModel):
             if inputs is not None:
                 inputs.append(x)
             kept = keep if i + 1 == len(self.layers) else None
-            x, state = block(x, state, mask=mask, cu_seqlens=cu_seqlens, keep=kept, on_gates=on_gates)
+            if rows is not None and kept is None and (weights := block_weights(block)) is not None:
+                state = rows.block(block, weights, state, mask)
+            else:
+                x, rows = (x if rows is None else rows.whole()), None
+                x, state = block(x, state, mask=mask, cu_seqlens=cu_seqlens, keep=kept, on_gates=on_gates)
             if cache is not None:
                 cache.update(state, i)
         if cache is not None:

@@ -36,7 +36,7 @@ from accelerate.data_loader import BatchSamplerShard  # type: ignore[import-unty
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from .backends import CACHE, OTHER_NAMES
+from .backends import CACHE, HAS_TRITON, OTHER_NAMES, resolve
 from .checks import check_sequence, full_precision, state_dtype
 from .custom_op import differentiable_once
 from .distribution_xlstm import check_alike
@@ -46,6 +46,10 @@ from .layers_xlstm import CausalConv1d, MLSTMLayer, MLSTMPreUpLayer, SLSTMLayer
 from .mlstm_torch import MLSTMState, hold_padding
 from .modeling_xlstm import XLSTMForCausalLM, XLSTMForSequenceClassification, XLSTMForTokenClassification, XLSTMModel
 from .training_xlstm import XLSTMTrainer
+
+
+if HAS_TRITON:
+    from .slice_triton import slice_sum, slice_sum_backward
 
 
 IGNORED = -100  # of labels
@@ -109,26 +113,27 @@ def state_before(
 def _weights(
     igate: Tensor, fgate: Tensor, dtype: torch.dtype, cu_seqlens: Tensor | None, input_gate: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights `[B, T, H]` of the slice's tokens in the state after it, its log forget gate and its m."""
+    """Weights `[B, H, T]` of the slice's tokens in the state after it, its log forget gate and its m."""
+    igate, fgate = (x.mT.contiguous() for x in (igate, fgate))  # a GPU sums up fastest along the last axis
     # Both minus infinity: the state is empty, and m is 0 (`clear_closed`).
     closed = torch.isneginf(igate) & torch.isneginf(fgate)
     logi, logf = igate.double().masked_fill(closed, 0.0), F.logsigmoid(fgate.double())
     logi = F.logsigmoid(logi) if input_gate == "sigmoid" else logi
-    from_here = F.pad(logf.flip(1).cumsum(1).flip(1), (0, 0, 0, 1))  # [B, T + 1, H] sums to the end
-    D, log_f = logi + from_here[:, 1:], from_here[:, 0]
+    from_here = F.pad(logf.flip(-1).cumsum(-1).flip(-1), (0, 1))  # [B, H, T + 1] sums to the end
+    D, log_f = logi + from_here[..., 1:], from_here[..., 0]
     begins = cu_seqlens is not None and cu_seqlens.numel() > 2
     if begins:
         start = cu_seqlens[-2].long()
-        D = D.masked_fill((torch.arange(len(D[0]), device=D.device) < start)[:, None], -math.inf)
+        D = D.masked_fill(torch.arange(D.shape[-1], device=D.device) < start, -math.inf)
         log_f = torch.full_like(log_f, -math.inf)
     if input_gate == "sigmoid":
         m = torch.zeros_like(log_f)
     elif begins:
-        m = torch.maximum(D.amax(1), from_here.index_select(1, start[None])[:, 0])
+        m = torch.maximum(D.amax(-1), from_here.index_select(-1, start[None])[..., 0])
     else:
-        m = D.amax(1)
+        m = D.amax(-1)
     m = m.to(dtype)
-    return torch.exp(D - _finite(m)[:, None]).masked_fill(closed, 0.0).to(dtype), log_f.to(dtype), m
+    return torch.exp(D - _finite(m)[..., None]).masked_fill(closed, 0.0).to(dtype), log_f.to(dtype), m
 
 
 def _finite(m: Tensor) -> Tensor:
@@ -148,22 +153,26 @@ def _combine(first: _Summary, then: _Summary, input_gate: str) -> _Summary:
 
 
 class _WeightedSum(torch.autograd.Function):
-    """C `[B, H, K, V]` and n `[B, H, K]` of k, v and weights `[B, T, H]`, in the dtype of the weights."""
+    """C `[B, H, K, V]` and n `[B, H, K]` of k, v and weights `[B, H, T]`, in the dtype of the weights."""
 
     @staticmethod
     def forward(ctx, k, v, w):
         ctx.save_for_backward(k, v, w)
-        k = k * w[..., None]
+        if resolve("auto", k) == "triton":
+            return slice_sum(k, v, w)
+        k = k * w.mT[..., None]
         return torch.einsum("bthk,bthv->bhkv", k, v.to(w.dtype)), k.sum(1)
 
     @staticmethod
     @differentiable_once("state_before")
     def backward(ctx, dC, dn):
         k, v, w = ctx.saved_tensors
+        if resolve("auto", k) == "triton":
+            return slice_sum_backward(dC, dn, k, v, w)
         with full_precision(k.device):
             d = torch.einsum("bthv,bhkv->bthk", v.to(w.dtype), dC) + dn[:, None]
-            dv = torch.einsum("bthk,bhkv->bthv", k * w[..., None], dC)
-        return (d * w[..., None]).to(k.dtype), dv.to(v.dtype), (d * k).sum(-1)
+            dv = torch.einsum("bthk,bhkv->bthv", k * w.mT[..., None], dC)
+        return (d * w.mT[..., None]).to(k.dtype), dv.to(v.dtype), (d * k).sum(-1).mT
 
 
 def inputs_before(

@@ -12,11 +12,11 @@ A matrix of several (rows [q | k | v | o]) is several linear layers here, each s
 the same: of that which is read each process reads its rows, and where weights are saved they are put together.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, Colwis
 
 from .custom_op import differentiable_once
 from .layers_xlstm import GateActivations, GateLinear, MLSTMLayer, SLSTMLayer
+from .linear import is_hooked, is_itself, own_part
 from .parallel_plan import Parts, check_divisible, parts_of
 
 
@@ -128,6 +129,7 @@ class SplitLinear(nn.ModuleDict):
         super().__init__()
         self.in_features = module.in_features
         self.packed: Tensor | None = None
+        self.packed_bias: Tensor | None = None
         for name, size in zip(parts.names, parts.sizes(module.out_features), strict=True):
             self[name] = _part(module, size, module.in_features, module.bias is not None)
 
@@ -135,17 +137,32 @@ class SplitLinear(nn.ModuleDict):
     def parts(self) -> list[Any]:
         return list(self.values())
 
-    @torch.no_grad()
     def pack(self) -> None:
-        """Puts what this process has of the weights into one tensor, of which they are views from then on."""
-        local = [part.weight.to_local() for part in self.parts]
-        self.packed = torch.cat(local)
-        for part, rows in zip(self.parts, self.packed.split([len(x) for x in local]), strict=True):
-            x = part.weight
+        """Puts what this process has of the weights, and of biases, into one tensor, of which they are views then."""
+        self.packed, self.packed_bias = self._pack("weight"), self._pack("bias")
+
+    @torch.no_grad()
+    def _pack(self, name: str) -> Tensor | None:
+        wholes = [getattr(part, name) for part in self.parts]
+        if wholes[0] is None:
+            return None
+        local = [x.to_local() for x in wholes]
+        packed = torch.cat(local)
+        for part, x, rows in zip(self.parts, wholes, packed.split([len(x) for x in local]), strict=True):
             options = {"shape": x.shape, "stride": x.stride(), "run_check": False}
-            part.weight = nn.Parameter(
-                DTensor.from_local(rows, x.device_mesh, x.placements, **options), x.requires_grad
-            )
+            whole = DTensor.from_local(rows, x.device_mesh, x.placements, **options)
+            setattr(part, name, nn.Parameter(whole, x.requires_grad))
+        return packed
+
+    def as_one(self, kind: type[nn.Linear]) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias of the one layer of a kind that this process has, if no part does anything else."""
+        for packed, name in ((self.packed, "weight"), (self.packed_bias, "bias")):
+            wholes = [getattr(part, name) for part in self.parts]
+            if packed is not None and not (all(map(is_split_once, wholes)) and _follow(packed, map(own_part, wholes))):
+                return None
+        if self.packed is None or not all(is_itself(part, kind) for part in self.parts):
+            return None
+        return self.packed, self.packed_bias
 
     def forward(self, x: Tensor) -> Tensor:
         if self._is_one(x):
@@ -174,7 +191,12 @@ class SplitLinear(nn.ModuleDict):
         )
 
 
-def _follow(packed: Tensor, weights: Sequence[Tensor]) -> bool:
+def is_split_once(weight: Any) -> bool:
+    """Whether a weight is split over processes along one axis of a mesh."""
+    return isinstance(weight, DTensor) and weight.device_mesh.ndim == 1
+
+
+def _follow(packed: Tensor, weights: Iterable[Tensor]) -> bool:
     """Whether the weights are still the rows of `packed`: they may have been moved, or replaced."""
     address = packed.data_ptr()
     for weight in weights:
@@ -188,8 +210,7 @@ def pack_projections(model: nn.Module) -> None:
     """Has the parts of a matrix computed in one product, of a model whose parts are split over processes once."""
     for module in model.modules():
         if isinstance(module, SplitLinear) and all(
-            type(x) is nn.Linear and isinstance(x.weight, DTensor) and x.weight.device_mesh.ndim == 1
-            for x in module.parts
+            type(x) in (nn.Linear, GateLinear) and is_split_once(x.weight) for x in module.parts
         ):
             module.pack()
 
@@ -239,6 +260,46 @@ def split_projections(model: Any, ranks: int) -> None:
         if isinstance(block.mixer, MLSTMLayer):
             q, k, v, o = block.mixer.splits
             block.mixer.splits = q // ranks, k // ranks, v // ranks, o // ranks
+
+
+class BlockWeights(NamedTuple):
+    """What this process has of a block of xLSTM-7B. Linear layers are without a bias, and norms are RMS norms."""
+
+    mixer_norm: Tensor
+    qkvo: Tensor
+    gate: Tensor
+    gate_bias: Tensor
+    head_norm: Tensor
+    head_norm_bias: Tensor | None
+    out: Tensor
+    ffn_norm: Tensor
+    up: Tensor
+    down: Tensor
+
+
+def block_weights(block: Any) -> BlockWeights | None:
+    """Those of a block that does nothing else than what they say."""
+    mixer, ffn = block.mixer, block.ffn
+    if type(mixer) is not MLSTMLayer or not (mixer.config.norm_type == "rms_norm" and block.mixer_norm.bias is None):
+        return None
+    layers = [mixer.qkvo_proj, mixer.out_proj, ffn.up_proj, ffn.down_proj]
+    found = [_weights(x, nn.Linear) for x in layers], _weights(mixer.gate_proj, GateLinear)
+    if any(x is None or x[1] is not None for x in found[0]) or found[1] is None or found[1][1] is None:
+        return None
+    if any(is_hooked(module) for module in block.modules()):
+        return None
+    (qkvo, out, up, down), norm = (x[0] for x in found[0]), mixer.head_norm
+    norms = own_part(norm.weight), own_part(norm.bias)
+    return BlockWeights(block.mixer_norm.weight, qkvo, *found[1], *norms, out, block.ffn_norm.weight, up, down)
+
+
+def _weights(module: Any, kind: type[nn.Linear]) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a linear layer of a kind, whole or shared, if it is no more than that."""
+    if isinstance(module, SplitLinear):
+        return module.as_one(kind)
+    if not is_itself(module, kind) or not (type(module.weight) is nn.Parameter or is_split_once(module.weight)):
+        return None
+    return own_part(module.weight), module.bias
 
 
 def _blocks(model: Any) -> nn.ModuleList:

@@ -8,7 +8,7 @@ from .backends import gpu_properties
 try:  # in a `try`, so that Transformers does not ask for it when it downloads this file to a machine without a GPU
     import triton
     import triton.language as tl
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, globaltimer
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError as error:
     raise ImportError("the kernels need the package triton, version 3.6 or later.") from error
@@ -20,6 +20,7 @@ __all__ = [
     "chains",
     "gdc_launch_dependents",
     "gdc_wait",
+    "globaltimer",
     "power_of_2",
     "processors",
     "rows_of",

@@ -4,6 +4,7 @@ import os
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -14,10 +15,11 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.distributed import DistributedConfig
 
-from modeling_xlstm import XLSTMForSequenceClassification
+from modeling_xlstm import XLSTMForSequenceClassification, modeling_xlstm
 from modeling_xlstm.sequence_parallel import shard_sequence
 from modeling_xlstm.split_checkpoint import join_weights
 from modeling_xlstm.tensor_parallel import SplitLinear
+from modeling_xlstm.tensor_parallel_rows import Rows
 
 
 Case = dict[str, Any]
@@ -64,6 +66,54 @@ def by_heads(name: str, x: Tensor, share: bool) -> Tensor:
     return torch.cat(parts, -1 if name == "conv" else 1)
 
 
+class Peers:
+    """What `peers_triton.Peers` does with many rows, in processes without a GPU."""
+
+    def __init__(self):
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+
+    def add_norm(self, x: Tensor, terms: tuple[Tensor, Tensor] | None, norm: Tensor, eps: float) -> None:
+        x.copy_(self.added(x, terms))
+        self.rows = torch.rms_norm(x, norm.shape, norm, eps)
+
+    def added(self, x: Tensor, terms: tuple[Tensor, Tensor] | None) -> Tensor:
+        return x if terms is None else x + terms[0] + terms[1].sum(0)
+
+    def gathered(self, x: Tensor) -> Tensor:
+        return torch.cat(self._of_all(x))
+
+    def multiply_gathered(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.gathered(self.rows)
+        return x, x @ weight.t()
+
+    def multiply_scattered(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        mine = [y.chunk(self.world)[self.rank] for y in self._of_all(x @ weight.t())]
+        own = mine.pop(self.rank)
+        return own, torch.stack(mine)
+
+    def _of_all(self, x: Tensor) -> list[Tensor]:
+        parts = [torch.empty_like(x) for _ in range(self.world)]
+        dist.all_gather(parts, x.contiguous())
+        return parts
+
+
+@torch.no_grad()
+def scattered(model: Any, shared: bool) -> dict[str, Tensor]:
+    """Logits and states of three texts, read by blocks between which each process has some rows."""
+    read = mock.Mock(side_effect=Rows.block)
+    with (
+        mock.patch.object(modeling_xlstm, "rows_of", lambda x, group: Rows(x, Peers())),
+        mock.patch.object(Rows, "block", lambda *args: read(*args)),
+    ):
+        outputs = model(IDS[:3], attention_mask=MASK[:3], logits_to_keep=2)
+    assert read.call_count == shared * (model.config.num_hidden_layers - 1)
+    result = {"logits of rows": outputs.logits}
+    for i, layer in enumerate(outputs.past_key_values.layers):
+        states = layer.state.tensors().items()
+        result |= {f"state {i} {field} of rows": by_heads(field, x, shared) for field, x in states}
+    return result
+
+
 def outcomes(model: Any, name: str, shared: bool, ids: Tensor, mask: Tensor, replicas: int = 1) -> dict[str, Tensor]:
     """Logits, gates, states, a text, and gradients, losses and weights of three steps of training.
 
@@ -79,6 +129,8 @@ def outcomes(model: Any, name: str, shared: bool, ids: Tensor, mask: Tensor, rep
         if replicas == 1:
             states = layer.state.tensors().items()
             result |= {f"state {i} {field}": by_heads(field, x, shared) for field, x in states}
+    if name == "post_up":
+        result |= scattered(model, shared)
     result["text"] = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
     result["beams"] = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, num_beams=2)
 

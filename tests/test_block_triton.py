@@ -16,7 +16,7 @@ from modeling_xlstm.mlstm import MLSTMState
 pytestmark = [pytest.mark.usefixtures("poisoned_memory"), needs_somewhere_to_run]
 
 if RUN:
-    from modeling_xlstm.block_triton import block_steps, takes
+    from modeling_xlstm.block_triton import block_steps, step_weights
 
 DTYPES = (torch.float16, torch.bfloat16) if GPU else (torch.float16,)
 CONFIG = {"hidden_size": 64, "num_heads": 2, "num_hidden_layers": 2, "vocab_size": 100}
@@ -58,8 +58,8 @@ def test_few_tokens_are_those_of_the_block(B, T, masked, dtype):
     baseline = run_block(copy.deepcopy(block), x, state, mask)
     block.to(DEVICE).mixer.backend = "triton"
     owned = LayerState(MLSTMState(*(s.to(DEVICE, copy=True) for s in state)), in_place=True)
-    assert takes(block, x.to(DEVICE), owned, None)
-    y = block_steps(block, x.to(DEVICE), owned, None if mask is None else mask.to(DEVICE))
+    weights = step_weights(block, x.to(DEVICE), owned, None)
+    y = block_steps(block, weights, x.to(DEVICE), owned, None if mask is None else mask.to(DEVICE))
     assert_each(
         assert_matches, {"y": y.cpu(), **{k: s.cpu() for k, s in owned.cell._asdict().items()}}, oracle, baseline
     )
@@ -70,28 +70,28 @@ def test_what_a_block_has_besides_is_left_to_the_block():
     block, x = block_of(torch.float16).to(DEVICE), torch.randn(2, 1, 64, dtype=torch.float16, device=DEVICE)
     block.mixer.backend = "triton"
     owned = LayerState(MLSTMState(*(s.to(DEVICE) for s in state_of(block, 2))), in_place=True)
-    assert takes(block, x, owned, None)
-    assert not takes(block, x, owned._replace(in_place=False), None)
-    assert not takes(block, x.float(), owned, None)
-    assert not takes(block, x.expand(2, 17, 64), owned, None)
-    assert not takes(block, x, owned, torch.tensor([0, 2], device=DEVICE))
+    assert step_weights(block, x, owned, None)
+    assert not step_weights(block, x, owned._replace(in_place=False), None)
+    assert not step_weights(block, x.float(), owned, None)
+    assert not step_weights(block, x.expand(2, 17, 64), owned, None)
+    assert not step_weights(block, x, owned, torch.tensor([0, 2], device=DEVICE))
     with torch.enable_grad():
-        assert not takes(block, x, owned, None)
+        assert not step_weights(block, x, owned, None)
     hook = block.ffn.register_forward_hook(lambda *_: None)
-    assert not takes(block, x, owned, None)
+    assert not step_weights(block, x, owned, None)
     hook.remove()
     block.mixer.gate_proj.forward = lambda x: x
-    assert not takes(block, x, owned, None)
+    assert not step_weights(block, x, owned, None)
     del block.mixer.gate_proj.forward
     gate_proj, block.mixer.gate_proj = block.mixer.gate_proj, nn.Sequential(block.mixer.gate_proj)
-    assert not takes(block, x, owned, None)
+    assert not step_weights(block, x, owned, None)
     block.mixer.gate_proj = gate_proj
-    assert takes(block, x, owned, None)
+    assert step_weights(block, x, owned, None)
     block.mixer.backend = "torch"
-    assert not takes(block, x, owned, None)
+    assert not step_weights(block, x, owned, None)
     block.mixer.backend = "triton"
-    assert not takes(block.train(), x, owned, None)
+    assert not step_weights(block.train(), x, owned, None)
     for fields in ({"norm_type": "layer_norm"}, {"use_bias": True}, {"mlstm_block": "pre_up"}):
         other = block_of(torch.float16, **fields).to(DEVICE)
         other.mixer.backend = "triton"
-        assert not takes(other, x, owned, None)
+        assert not step_weights(other, x, owned, None)

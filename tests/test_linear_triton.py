@@ -96,3 +96,15 @@ def test_two_runs_are_bit_equal(M):
     norm = Norm(torch.rand(4096, device=DEVICE).bfloat16(), 1e-6)
     first, second = (multiply(x, weight, norm=norm, activation="silu") for _ in range(2))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("M", [1, 9])
+def test_the_result_is_written_where_it_is_wanted_and_as_often(M):
+    options = tensors(M, 264, 130, torch.float16, normed=False, activation="", residual=False)
+    x, weight = options["x"].to(DEVICE), options["weight"].to(DEVICE)
+    out, *others = torch.full((4, M, 130), torch.nan, device=DEVICE)
+    copies = torch.tensor([place.data_ptr() for place in others[:2]], device=DEVICE)
+    assert multiply(x, weight, out=out, copies=copies) is out
+    assert_matches(out.cpu(), F.linear(x.double(), weight.double()).cpu(), F.linear(x.float(), weight.float()).cpu())
+    assert all(torch.equal(place, out) for place in others[:2])
+    assert others[2].isnan().all()

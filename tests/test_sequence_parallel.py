@@ -6,6 +6,7 @@ import torch
 from numerics import difference
 from torch import Tensor
 
+from modeling_xlstm import sequence_parallel as slices
 from modeling_xlstm.sequence_parallel import shard_sequence
 
 
@@ -60,6 +61,38 @@ def test_slices_round_like_one_process_in_float32(kind, name, whole, split):
     for key, x in oracle.items():
         assert difference(actual[key], one[key]) <= max(1e-6, 4 * rounding), key
         assert difference(actual[key].double(), x) <= max(1e-6, 4 * rounding), key
+
+
+def weighted_sum(k: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    k = k * w.mT[..., None]
+    return torch.einsum("bthk,bthv->bhkv", k, v), k.sum(1)
+
+
+@pytest.mark.parametrize(
+    "dtype, rounding",
+    [(torch.float64, 2**-50), (torch.float32, 2**-21), (torch.float16, 2**-21), (torch.bfloat16, 2**-21)],
+)
+def test_sums_over_a_slice_round_little(dtype, rounding):
+    """Relative to the sum of absolute terms, beside what gradients of half-precision numbers lose when stored so."""
+    B, T, H, K, V = 2, 50, 3, 5, 7
+    k, v = (torch.randn(B, T, H, size).to(dtype) for size in (K, V))
+    # some of them less than the smallest number of float16
+    w = torch.exp(-20 * torch.rand(B, H, T)).to(slices.state_dtype(dtype))
+    inputs, d_outputs = (k, v, w), (torch.randn(B, H, K, V).to(w), torch.randn(B, H, K).to(w))
+
+    def everything(function, transform) -> list[Tensor]:
+        given = [transform(x).requires_grad_() for x in inputs]
+        results = function(*given)
+        return [*results, *torch.autograd.grad(results, given, [transform(x) for x in d_outputs])]
+
+    actual = everything(slices._WeightedSum.apply, torch.clone)
+    expected = everything(weighted_sum, Tensor.double)
+    of_absolute_terms = everything(weighted_sum, lambda x: x.double().abs())
+    assert [x.dtype for x in actual] == [w.dtype, w.dtype, dtype, dtype, w.dtype]
+    for x, oracle, scale in zip(actual, expected, of_absolute_terms, strict=True):
+        numbers = torch.finfo(x.dtype)
+        stored = numbers.eps / 2 * oracle.abs().clamp(min=numbers.smallest_normal)
+        assert ((x - oracle).abs() <= rounding * scale + stored).all()
 
 
 @pytest.fixture(scope="module")
