@@ -441,7 +441,7 @@ class XLSTMModel(XLSTMPreTrainedModel):
         recording = cache is not None and cache.is_recording
         passes: list[tuple] = []  # of each layer what it takes to redo it
         shares = scatter and not recording and self.config.ranks > 1
-        rows = rows_of(x, self.text_group) if shares else None
+        rows = rows_of(x, self.text_group, self.config.backend) if shares else None
         for i, block in enumerate(self.layers):
             if isinstance(block, nn.Identity):  # it is another process's
                 continue

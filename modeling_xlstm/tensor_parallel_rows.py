@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .backends import HAS_TRITON
+from .backends import HAS_TRITON, resolve
 from .cache_xlstm import LayerState
 from .layers_xlstm import gate_linear, unpack_state
 from .linear import glu
@@ -72,10 +72,10 @@ class Rows:
         return F.pad(x, (0, 0, 0, missing)) if missing else x
 
 
-def rows_of(x: Tensor, group: ProcessGroup | None) -> Rows | None:
+def rows_of(x: Tensor, group: ProcessGroup | None, backend: str) -> Rows | None:
     """Those of this GPU, if a group of GPUs shares heads and x is long enough. For inference."""
     fits = HAS_TRITON and group is not None and x.is_cuda and x.shape[0] * x.shape[1] >= FEWEST
-    if not fits or torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
+    if not fits or resolve(backend, x) != "triton" or torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
         return None
     peers = peers_of(group, x.device)
     return None if peers is None else Rows(x, peers)

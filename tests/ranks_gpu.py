@@ -17,13 +17,13 @@ from modeling_xlstm.tensor_parallel_rows import Rows
 
 
 DTYPES = (torch.float32, torch.bfloat16)
-CONFIG = {"hidden_size": 512, "num_hidden_layers": 3, "num_heads": 4, "vocab_size": 300}
+CONFIG: dict[str, Any] = {"hidden_size": 512, "num_hidden_layers": 3, "num_heads": 4, "vocab_size": 300}
 TEXTS = ((1, 8192), (3, 2731))  # of which GPUs cannot share the second evenly
 
 
 def save_all(folder: Path) -> None:
     for dtype in DTYPES:
-        model = XLSTMForCausalLM(XLSTMConfig(**CONFIG))
+        model: Any = XLSTMForCausalLM(XLSTMConfig(**CONFIG))
         randomise(model)
         model.to(dtype).save_pretrained(folder / str(dtype))
 
@@ -59,7 +59,7 @@ def wrong_sums() -> int:
 @torch.no_grad()
 def of_model(folder: Path, dtype: torch.dtype) -> dict[Any, Any]:
     device = torch.device("cuda", torch.cuda.current_device())
-    load = AutoModelForCausalLM.from_pretrained
+    load: Any = AutoModelForCausalLM.from_pretrained
     shared = load(folder, dtype=dtype, distributed_config=DistributedConfig(tp_size=dist.get_world_size()))
     one, oracle = load(folder, dtype=dtype).to(device), load(folder, dtype=torch.float32).to(device).double()
     heads = slice(*(CONFIG["num_heads"] // dist.get_world_size() * (dist.get_rank() + i) for i in (0, 1)))
@@ -80,13 +80,18 @@ def of_model(folder: Path, dtype: torch.dtype) -> dict[Any, Any]:
         for i in range(CONFIG["num_hidden_layers"]):
             states = [x.past_key_values.layers[i].state.cell.C for x in outputs]
             compare("state", (B, T, i), states[0], *(x[:, heads] for x in states[1:]))
-    options = {"max_new_tokens": 24, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    options: dict[str, Any] = {
+        "max_new_tokens": 24,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
     texts = [x.generate(random_ids(2, 9).to(device), **options) for x in (shared, one)]
     result["text", dtype], result["text of one", dtype] = (x.sequences.cpu() for x in texts)
     result["graphs", dtype] = len(graphs_of(shared).steps)
     steps = oracle(texts[0].sequences).logits[:, 8:-1]
     alone = one(texts[0].sequences).logits[:, 8:-1]
-    compare("last logits", "steps", torch.stack(texts[0].logits, 1), alone, steps)
+    compare("last logits", "steps", torch.stack(texts[0].logits, 1).to(dtype), alone, steps)
     return result
 
 

@@ -102,7 +102,7 @@ def scattered(model: Any, shared: bool) -> dict[str, Tensor]:
     """Logits and states of three texts, read by blocks between which each process has some rows."""
     read = mock.Mock(side_effect=Rows.block)
     with (
-        mock.patch.object(modeling_xlstm, "rows_of", lambda x, group: Rows(x, Peers())),
+        mock.patch.object(modeling_xlstm, "rows_of", lambda x, *_: Rows(x, Peers())),
         mock.patch.object(Rows, "block", lambda *args: read(*args)),
     ):
         outputs = model(IDS[:3], attention_mask=MASK[:3], logits_to_keep=2)
