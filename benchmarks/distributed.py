@@ -8,8 +8,8 @@ the program ends. Then one table: in bfloat16, times are medians of 7 after 3, o
   of three steps. Timed is the shape of xLSTM-7B with random weights: tokens of one text, by texts of 136 less those of
   8, and one forward pass that keeps the state and the last logits.
 - `fsdp`, FSDP2, weights in float32 and products in bfloat16: three AdamW steps on rows of each process and of one on
-  all. Timed are such steps of 1.4 B parameters, and of the 7 B, which one GPU has no room for, with gradient
-  checkpointing.
+  all. Timed are such steps of 1.4 B parameters, with weights gathered again for the backward pass or kept, and of the
+  7 B, which one GPU has no room for, with gradient checkpointing.
 - `sequence`, sequence parallelism: gradients of a model and of a layer, also of the long text that is timed, forward
   and backward pass of one layer of xLSTM-7B.
 
@@ -178,13 +178,13 @@ def time_heads(place: Place, sizes: Sizes) -> list[Row]:
 
 
 def step_seconds(
-    place: Place, shape: dict[str, Any], ids: tuple[int, int], checkpointing: bool, group: ProcessGroup
+    place: Place, shape: dict[str, Any], ids: tuple[int, int], large: bool, keep: bool, group: ProcessGroup
 ) -> Measured:
-    """Of training on so many rows in each process, and so long."""
+    """Of training on so many rows in each process, and so long; a large model with gradient checkpointing."""
     model = new_model(place, shape, torch.float32)
-    if checkpointing:
+    if large:
         model.gradient_checkpointing_enable()
-    model = sharded(place, model, torch.bfloat16, group)
+    model = sharded(place, model, torch.bfloat16, keep, group)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     batch = place.ids(*ids, model.config.vocab_size)
 
@@ -200,14 +200,13 @@ def step_seconds(
 def time_fsdp(place: Place, sizes: Sizes) -> list[Row]:
     few, fewer, length = sizes.rows
     what = f"FSDP2, 1.4 B, {few} x {length} a GPU"
-    middle = partial(step_seconds, place, sizes.middle, (few, length), False)
-    many, one = on_all(place, what, middle), on_one(place, what, middle)
+    rows = []
+    for keep, name in ((False, what), (True, f"{what}, weights kept")):
+        middle = partial(step_seconds, place, sizes.middle, (few, length), False, keep)
+        rows.append(Row(name, on_one(place, name, middle), on_all(place, name, middle), 1.85))
     what_large = f"FSDP2, 7 B, checkpointing, {fewer} x {length} a GPU"
-    large = on_all(place, what_large, partial(step_seconds, place, sizes.large, (fewer, length), True))
-    return [
-        Row(what, one, many, 1.85),
-        Row(what_large, None, large),
-    ]
+    large = on_all(place, what_large, partial(step_seconds, place, sizes.large, (fewer, length), True, False))
+    return [*rows, Row(what_large, None, large)]
 
 
 def layer_error(place: Place, layer: Any, x: Tensor, dy: Tensor) -> Error:

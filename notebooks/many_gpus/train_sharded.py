@@ -31,7 +31,8 @@ def main() -> None:
     source = args.output_dir if args.first else DEMO
     config = DistributedConfig(fsdp_size=readers, tp_size=args.tp_size)
     model = XLSTMForCausalLM.from_pretrained(source, dtype="float32", distributed_config=config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)  # before the model computes anything
+    # before the model computes anything; one weight at a time, as some may be split and others not
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False)
     if args.first:
         load_optimizer_distributed(model, optimizer, args.output_dir / "optimizer")
     for step in range(args.first, args.steps):
