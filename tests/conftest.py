@@ -12,10 +12,18 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what a mode of Py
 
 import pytest
 import torch
+from torture import TRIED
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("python_files", "numerics.py")  # the comparisons hold the tests of themselves
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if TRIED:
+        terminalreporter.section("tried")
+        for what, count in sorted(TRIED.items()):
+            terminalreporter.write_line(f"{count:>8} {what}")
 
 
 @pytest.fixture(autouse=True)
