@@ -10,7 +10,7 @@ Dims: `M` rows `D` hidden size `R` rows of a process.
 import socket
 from functools import cache
 from itertools import permutations
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -131,6 +131,16 @@ def shared_memory_of(
     return handle, [mine if i == handle.rank else x for i, x in enumerate(others)]  # mine, as others do not keep it
 
 
+class _Terms(NamedTuple):
+    """Memory for terms of two sums `[M, D]`, M at most `ROWS`, which take turns; and for flags."""
+
+    handle: Any  # as is `parts`, kept as long as there may be graphs that write there
+    parts: list[Tensor]
+    addresses: Tensor  # [N] of the memory of each GPU
+    terms: Tensor  # [2, N, ROWS D] here
+    copies: Tensor  # [2, N - 1] addresses at the others of this GPU's terms
+
+
 class Peers:
     """The GPUs of a group of processes, each with memory that all can read and write.
 
@@ -141,28 +151,28 @@ class Peers:
         self.group, self.device = group, device
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
         self.side = torch.cuda.Stream(device)  # on which rows are copied
-        self._capacity = 0  # numbers of a term
-        self._rows = torch.empty(0, 0, 0, device=device)  # [N, R, D] shared: rows, and terms for the others
-
-    # few rows
-
-    def _reserve_terms(self, count: int) -> None:
-        self._capacity = count
-        flags = 2 * PROGRAMS * self.world
-        self._few, parts = shared_memory_of(self.group, flags + 2 * self.world * count, torch.float32, self.device)
-        mine = parts[self.rank]
-        mine.zero_()
-        self._terms = mine[flags:].view(2, self.world, count)
-        self._addresses = torch.tensor([x.data_ptr() for x in parts], device=self.device)
-        starts = torch.arange(2)[:, None] * self.world + self.rank  # of this GPU's terms, at each
-        others = [x.data_ptr() + 4 * flags for i, x in enumerate(parts) if i != self.rank]
-        self._copies = (torch.tensor(others) + 4 * count * starts).to(self.device)  # [2, N - 1]
-        self._settle()  # until all flags are down
+        self._terms: dict[int, _Terms] = {}  # by D
+        self._room: list[Tensor] = []  # bytes of each GPU, of which the rest are views
+        self._rows_of: list[Tensor] = []  # [N, R, D] of each: its rows, and terms for the others
 
     def _settle(self) -> None:
         """Waits for all work of all GPUs."""
         torch.cuda.synchronize(self.device)
         dist.barrier(self.group)
+
+    # few rows
+
+    @torch.inference_mode(False)
+    def _reserve_terms(self, D: int) -> _Terms:
+        flags, count = 2 * PROGRAMS * self.world, ROWS * D
+        handle, parts = shared_memory_of(self.group, flags + 2 * self.world * count, torch.float32, self.device)
+        parts[self.rank].zero_()
+        addresses = torch.tensor([x.data_ptr() for x in parts])
+        starts = flags + count * (torch.arange(2)[:, None] * self.world + self.rank)
+        copies = torch.cat((addresses[: self.rank], addresses[self.rank + 1 :])) + 4 * starts
+        self._settle()  # until all flags are down
+        terms = parts[self.rank][flags:].view(2, self.world, count)
+        return _Terms(handle, parts, addresses.to(self.device), terms, copies.to(self.device))
 
     def term(self, place: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Where to write this GPU's term `[M, D]` of a sum, in float32: here, and at the addresses `[N - 1]` of others.
@@ -170,34 +180,41 @@ class Peers:
         Places 0 and 1 take turns.
         """
         M, D = like.shape
-        if self._capacity < ROWS * D:
-            self._reserve_terms(ROWS * D)
-        return self._terms[place, self.rank, : M * D].view(M, D), self._copies[place]
+        if D not in self._terms:
+            self._terms[D] = self._reserve_terms(D)
+        of_width = self._terms[D]
+        return of_width.terms[place, self.rank, : M * D].view(M, D), of_width.copies[place]
 
     def total(self, place: int, residual: Tensor) -> Tensor:
         """`residual` `[M, D]` and the terms of all, in the dtype of `residual`."""
         M, D = residual.shape
-        y = torch.empty_like(residual)
+        y, of_width = torch.empty_like(residual), self._terms[D]
         with torch.cuda.device_of(residual):
             total_kernel[(min(PROGRAMS, blocks_of(M * D, BLOCK)),)](
-                self._addresses, self._terms[place], residual, y, M, D, place * PROGRAMS * self.world, self._capacity,
+                of_width.addresses, of_width.terms[place], residual, y, M, D, place * PROGRAMS * self.world, ROWS * D,
                 RANK=self.rank, WORLD=self.world, BLOCK=BLOCK, num_warps=4, **chain_options(chains(residual.device)),
             )  # fmt: skip
         return y
 
     # many rows
 
-    def _reserve_rows(self, R: int, D: int, dtype: torch.dtype) -> None:
-        if self._rows.shape[1:] != (R, D) or self._rows.dtype != dtype:
+    @property
+    def _rows(self) -> Tensor:
+        return self._rows_of[self.rank]
+
+    @torch.inference_mode(False)
+    def _reserve_rows(self, like: Tensor) -> None:
+        shape, count = (self.world, *like.shape), self.world * like.numel()
+        size = count * like.element_size()
+        if not self._room or self._room[0].numel() < size:
             self._settle()
-            self._handle, parts = shared_memory_of(self.group, self.world * R * D, dtype, self.device)
-            self._row_parts = [x.view(self.world, R, D) for x in parts]
-            self._rows = self._row_parts[self.rank]
+            self._many, self._room = shared_memory_of(self.group, size, torch.uint8, self.device)
+        self._rows_of = [x[:size].view(like.dtype).view(shape) for x in self._room]
 
     def add_norm(self, x: Tensor, terms: tuple[Tensor, Tensor] | None, norm: Tensor, eps: float) -> None:
         """x `[R, D]` becomes `x + sum(terms)`, and this GPU's shared rows its `rms_norm`."""
         R, D = x.shape
-        self._reserve_rows(R, D, x.dtype)
+        self._reserve_rows(x)
         own, others = terms or (None, None)
         with torch.cuda.device_of(x):
             add_norm_kernel[(R,)](
@@ -210,12 +227,12 @@ class Peers:
         own, main = self._rows[0], torch.cuda.current_stream(self.device)
         x = own.new_empty(self.world, *own.shape)
         y = own.new_empty(self.world, len(own), len(weight))
-        self._handle.barrier()
+        self._many.barrier()
         self.side.wait_stream(main)
         arrived = []
         with torch.cuda.stream(self.side):
             for i in ((self.rank + step) % self.world for step in range(1, self.world)):
-                x[i].copy_(self._row_parts[i][0])
+                x[i].copy_(self._rows_of[i][0])
                 arrived.append((i, self.side.record_event()))
             x[self.rank].copy_(own)
         torch.mm(own, weight.t(), out=y[self.rank])
@@ -231,10 +248,10 @@ class Peers:
         others = torch.empty_like(self._rows[1:])
         for step in range(1, self.world):
             torch.mm(rows[(self.rank + step) % self.world], weight.t(), out=self._rows[step])
-            self._handle.barrier()
+            self._many.barrier()
             self.side.wait_stream(main)
             with torch.cuda.stream(self.side):
-                others[step - 1].copy_(self._row_parts[(self.rank - step) % self.world][step])
+                others[step - 1].copy_(self._rows_of[(self.rank - step) % self.world][step])
         own = rows[self.rank] @ weight.t()
         main.wait_stream(self.side)
         return own, others

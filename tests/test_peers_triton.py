@@ -7,6 +7,7 @@ import torch
 from numerics import assert_matches
 from triton_device import DEVICE, GPU, needs_somewhere_to_run
 
+from modeling_xlstm import peers_triton
 from modeling_xlstm.peers_triton import add_norm_kernel
 
 
@@ -29,6 +30,24 @@ def test_rows_are_added_up_and_normalised(R, D, others, dtype):
     given = total.cpu().double()
     oracle = torch.rms_norm(given, (D,), norm.cpu().double(), 1e-6)
     assert_matches(y.cpu(), oracle, torch.rms_norm(total.cpu(), (D,), norm.cpu(), 1e-6))
+
+
+@pytest.mark.parametrize("rank, world", [(0, 2), (1, 2), (1, 3), (2, 3)])
+def test_terms_are_written_where_the_others_look_for_them(rank, world, monkeypatch):
+    D, flags = 8, 2 * peers_triton.PROGRAMS * world
+    memory = [torch.full((flags + 2 * world * peers_triton.ROWS * D,), torch.nan) for _ in range(world)]
+    monkeypatch.setattr(peers_triton, "shared_memory_of", lambda *_: (None, memory))
+    monkeypatch.setattr(peers_triton.Peers, "_settle", lambda _: None)
+    peers = object.__new__(peers_triton.Peers)
+    peers.rank, peers.world, peers.group, peers.device, peers._terms = rank, world, None, torch.device("cpu"), {}
+    for place, M in ((0, 1), (1, 5)):
+        here, copies = peers.term(place, torch.empty(M, D))
+        assert here.shape == (M, D)
+        at = here.data_ptr() - memory[rank].data_ptr()
+        others = [x for i, x in enumerate(memory) if i != rank]
+        assert copies.tolist() == [x.data_ptr() + at for x in others]
+    assert (memory[rank] == 0).all()
+    assert all(x.isnan().all() for x in others)
 
 
 @pytest.fixture(scope="module")
