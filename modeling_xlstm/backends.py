@@ -12,6 +12,8 @@ import transformers
 from packaging.version import Version
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from .custom_op import is_compiling
+
 
 BACKENDS = ("auto", "torch", "triton")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -53,7 +55,7 @@ def resolve(requested: str, tensor: torch.Tensor, op: str = "mLSTM") -> str:
 
 def needs_triton(requested: str, tensor: torch.Tensor) -> bool:
     """Whether `resolve` gives Triton to what a compiler would make one kernel of by itself, and none does here."""
-    return HAS_TRITON and not torch.compiler.is_compiling() and resolve(requested, tensor) == "triton"
+    return HAS_TRITON and not is_compiling() and resolve(requested, tensor) == "triton"
 
 
 gpu_properties = cache(torch.cuda.get_device_properties)
@@ -66,7 +68,7 @@ def _obstacle_to_triton(tensor: torch.Tensor, op: str) -> str | None:
         return "the kernels take float16, bfloat16 and float32, not float64"
     if tensor.device.type == "cuda":
         # a compiler knows the one, the other takes no time
-        properties = torch.cuda.get_device_properties if torch.compiler.is_compiling() else gpu_properties
+        properties = torch.cuda.get_device_properties if is_compiling() else gpu_properties
         if properties(tensor.device).major < 8:
             return "the kernels need a GPU of compute capability 8.0 or later"
     elif not INTERPRETED:

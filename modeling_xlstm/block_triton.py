@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .backends import resolve
 from .cache_xlstm import LayerState
+from .custom_op import is_compiling
 from .layers_xlstm import MLSTMLayer, is_few
 from .linear import are_rows_for_triton, is_weight_for_triton
 from .linear_triton import ROWS, Gates, Norm, multiply
@@ -30,7 +31,7 @@ from .tensor_parallel import BlockWeights, block_weights
 def step_weights(block: Any, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None) -> BlockWeights | None:
     """The weights for `block_steps`, if it serves this: a plain block of xLSTM-7B in half precision, for inference, and
     a state to overwrite."""
-    if not are_rows_for_triton(x) or torch.compiler.is_compiling() or block.training:
+    if not are_rows_for_triton(x) or is_compiling() or block.training:
         return None
     if type(block.mixer) is not MLSTMLayer or state is None or not state.in_place or cu_seqlens is not None:
         return None

@@ -5,10 +5,11 @@ so that a compiled decode step can be replayed. Under autograd they are replaced
 """
 
 import math
+import operator
 import os
 import weakref
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from transformers.cache_utils import Cache
 
 from .checks import state_dtype
 from .configuration_xlstm import XLSTMConfig
+from .custom_op import is_compiling
 from .fingerprint import find_stack, model_fingerprint, state_fields, tokenizer_fingerprint
 from .mlstm_torch import MLSTMState
 from .slstm_torch import SLSTMState
@@ -76,7 +78,7 @@ def state_shapes(config: XLSTMConfig) -> dict[str, dict[str, tuple[int, ...]]]:
 
 def is_readable(x: Tensor) -> bool:
     """Whether autograd may read x: unlike what is left from an inference mode."""
-    return torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not x.is_inference()
+    return is_compiling() or torch.is_inference_mode_enabled() or not x.is_inference()
 
 
 def is_writable(x: Tensor) -> bool:
@@ -87,7 +89,7 @@ def is_writable(x: Tensor) -> bool:
 
 def _keep_address(x: Tensor) -> None:
     """Tells `torch.compile` that x stays where it is, without which it would not replay a step that writes to x."""
-    if x.is_cuda and not torch.compiler.is_compiling():
+    if x.is_cuda and not is_compiling():
         torch._dynamo.mark_static_address(x)
 
 
@@ -278,27 +280,55 @@ class XLSTMCache(Cache):
 
     def reset(self) -> None:
         """Back to an empty text, at the same addresses."""
+        self.is_broken = True  # until all layers are empty
         super().reset()
-        self.records, self.is_broken = [], False
         self.advance(-self.get_seq_length(), self.seen_tokens.device)
+        self.records, self.is_broken = [], False
+
+    @contextmanager
+    def _changing_rows(self) -> Iterator[None]:
+        """Inside, the rows of all states change; stopped half-way, they are not of one text any more."""
+        was_broken, self.is_broken = self.is_broken, True
+        self.records = []
+        with self.turn():
+            yield
+        self.is_broken = was_broken
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows become those of `beam_idx` `[B]`. What was recorded cannot be taken back any more."""
-        with self.turn():
+        self._check_rows("beam_idx", beam_idx)
+        with self._changing_rows():
             super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        self.records = []
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row becomes `repeats` rows. What was recorded cannot be taken back any more."""
-        with self.turn():
+        _check_number("repeats", repeats)
+        with self._changing_rows():
             super().batch_repeat_interleave(repeats)
-        self.records = []
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps some rows. What was recorded cannot be taken back any more."""
-        with self.turn():
+        """Keeps the rows of `indices` `[N]`, or those where it is True. What was recorded cannot be taken back any
+        more."""
+        self._check_rows("indices", indices, torch.bool)
+        with self._changing_rows():
             super().batch_select_indices(indices)
-        self.records = []
+
+    def _check_rows(self, name: str, rows: Tensor, *others: torch.dtype) -> None:
+        """`rows` `[N]` are some of the rows of the states, in int64, int32 or another dtype."""
+        dtypes = (torch.int64, torch.int32, *others)
+        if not isinstance(rows, Tensor) or rows.dtype not in dtypes:
+            got = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
+            raise TypeError(f"{name} must be a tensor of {' or '.join(map(str, dtypes))}, got {got}.")
+        B = next((layer.batch_size for layer in self.layers if layer.state is not None), None)
+        if B is None:
+            return
+        is_mask = rows.dtype == torch.bool
+        if rows.dim() != 1 or (is_mask and len(rows) != B):
+            shape = f"[{B}] as a mask" if is_mask else "[N]"
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(rows.shape)}.")
+        wrong = rows[:0] if is_mask or rows.device.type != "cpu" else rows[(rows < 0) | (rows >= B)]
+        if len(wrong):
+            raise IndexError(f"{name} must be from 0 to {B - 1}, got {wrong[0].item()}.")
 
     def detach_(self) -> "XLSTMCache":
         """Ends the gradient of the states: what is read from here on does not reach what was read before. Returns the
@@ -323,7 +353,12 @@ class XLSTMCache(Cache):
         Raises ValueError if fewer tokens were recorded; `activate_past_recording()` starts recording.
         """
         self.check_whole()
-        remove = -tokens_to_remove
+        try:
+            remove = -operator.index(tokens_to_remove)
+        except TypeError:
+            raise TypeError(
+                f"crop takes minus the number of tokens to remove, an integer, got {tokens_to_remove!r}."
+            ) from None
         recorded = sum(record.tokens for record in self.records)
         if not 0 <= remove <= recorded:
             raise ValueError(
@@ -376,9 +411,9 @@ class XLSTMCache(Cache):
                     )
         fits = (shapes, batch_size, dtype, device)
         for i, layer in enumerate(self.layers):
-            if torch.compiler.is_compiling() or layer.fits != fits:
+            if is_compiling() or layer.fits != fits:
                 self._check_layer(i, shapes[layer.kind], batch_size, dtype, device)
-                if not (torch.compiler.is_compiling() or layer.is_empty):
+                if not (is_compiling() or layer.is_empty):
                     layer.fits = fits
         self.check_whole()
 
@@ -429,8 +464,7 @@ class XLSTMCache(Cache):
         >>> model.generate(prompt, past_key_values=cache.fork(4), num_return_sequences=4, do_sample=True)
         ```
         """
-        if not isinstance(n, int) or n < 1:
-            raise ValueError(f"n must be an integer of at least 1, got {n!r}.")
+        _check_number("n", n)
         self.check_whole()
         fork = XLSTMCache(self.config)
         for layer, copy in zip(self.layers, fork.layers, strict=True):
@@ -512,6 +546,11 @@ class XLSTMCache(Cache):
 
 # of a cache the graphs, if there still are any, in the memory of which it lives by turns
 TURNS: weakref.WeakKeyDictionary[XLSTMCache, Callable[[], Any]] = weakref.WeakKeyDictionary()
+
+
+def _check_number(name: str, n: int) -> None:
+    if type(n) is not int or n < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {n!r}.")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -6,6 +6,8 @@ from itertools import pairwise
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .custom_op import is_compiling
+
 
 AS_IT_IS = contextlib.nullcontext()
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -83,7 +85,7 @@ def check_sequence(batch: int, time: int, device: torch.device, mask, cu_seqlens
         raise TypeError(f"cu_seqlens must be an int32 tensor [N + 1], got {got}.")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
         raise ValueError(f"cu_seqlens must have shape [N + 1] with N >= 1, got {tuple(cu_seqlens.shape)}.")
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         _check_bounds(cu_seqlens, time)
     return cu_seqlens.numel() - 1
 
@@ -98,6 +100,14 @@ def _check_bounds(cu_seqlens: torch.Tensor, time: int) -> None:
         raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {time}, got {bounds}.")
     if checked is not None:
         _CHECKED[cu_seqlens] = checked
+
+
+def as_int32(cu_seqlens: torch.Tensor, time: int) -> torch.Tensor:
+    """Boundaries that `check_sequence` has checked, so that no layer looks at them again."""
+    bounds = cu_seqlens.to(torch.int32)
+    if not is_compiling() and not bounds.is_inference():
+        _CHECKED[bounds] = (bounds._version, time)
+    return bounds
 
 
 def rising(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:

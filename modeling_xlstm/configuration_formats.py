@@ -61,12 +61,12 @@ def _shared(config: Any) -> Fields:
 
 
 def _input_gate(origin: Mapping[str, Any]) -> str:
-    return "sigmoid" if "siging" in origin.get("chunkwise_kernel", "") else "exp"
+    return "sigmoid" if "siging" in str(origin.get("chunkwise_kernel")) else "exp"
 
 
 def _read_transformers(origin: Mapping[str, Any]) -> Fields:
-    widths = {origin.get("hidden_size"), origin.get("embedding_dim")} - {None}
-    if len(widths) > 1:
+    widths = [origin[name] for name in ("hidden_size", "embedding_dim") if origin.get(name) is not None]
+    if len(widths) > 1 and widths[0] != widths[1]:
         raise ValueError(
             f"hidden_size and embedding_dim must be equal, got {origin['hidden_size']} and {origin['embedding_dim']}; "
             "xLSTMConfig sets hidden_size to 4096 where only embedding_dim is given."
@@ -77,7 +77,7 @@ def _read_transformers(origin: Mapping[str, Any]) -> Fields:
     return {
         **tokens,
         **{field: value for field, value in origin.items() if field not in UNREAD and field != "model_type"},
-        "hidden_size": widths.pop() if widths else 4096,
+        "hidden_size": widths[0] if widths else 4096,
         "num_hidden_layers": layers[0] if layers else 32,
         "mlstm_input_gate": _input_gate(origin),
         **({"architectures": ["XLSTMForCausalLM"]} if "architectures" in origin else {}),  # as it is called here
@@ -296,8 +296,8 @@ def fields_to(config: Any, fmt: str) -> Fields:
 
 
 def shown(name: str) -> str:
-    """A name from a file, for a message: quoted where it holds what does not print."""
-    return name if name.isprintable() else repr(name)
+    """A name from a file, for a message: quoted where it holds what does not print, and 200 characters of it."""
+    return f"{name if name.isprintable() else repr(name):.200}"
 
 
 def listing(names: Iterable[str]) -> str:

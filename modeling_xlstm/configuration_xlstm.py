@@ -41,6 +41,9 @@ POSITIVE = (
     "gate_soft_cap", "output_logit_soft_cap", "chunk_size", "context_length",
 )  # fmt: skip
 NOT_NEGATIVE = ("conv_kernel_size", "slstm_conv_kernel_size", "slstm_ffn_proj_factor", "eps")
+MOST_BLOCKS = 10_000  # where only their number is told: of a billion, the list of kinds would fill memory
+LARGEST = 2**63 - 1  # products of what is no larger are finite
+WIDEST = 2**28  # of a matrix, whose bytes can be counted then
 
 # What LoRA adapts where nothing else is asked for: all linear layers but the scalar gates, of every kind of block.
 LORA_TARGETS = ["qkvo_proj", "out_proj", "up_proj", "down_proj"]
@@ -98,7 +101,9 @@ class XLSTMConfig(PreTrainedConfig):
             As in the GPT-NeoX tokenizer of xLSTM-7B, whose end of text is token 0.
 
     Raises:
-        ValueError: A field is impossible; the message names the field, its value and the legal values.
+        StrictDataclassError: A field is impossible; the message names the field, its value and the legal values. It is
+            that of `huggingface_hub.errors`, and its cause a ValueError or a TypeError.
+        ValueError: There are too many blocks to list their kinds, or a name is that of a method or a property.
 
     ```python
     >>> from modeling_xlstm import XLSTMConfig, XLSTMForCausalLM
@@ -156,7 +161,14 @@ class XLSTMConfig(PreTrainedConfig):
                 raise ValueError(
                     f"{theirs} must be given as {ours}, as it is called here, got {theirs}={kwargs[theirs]}."
                 )
+        for name in kwargs:
+            taken = getattr(type(self), name, None)
+            if name.startswith("__") or callable(taken) or (isinstance(taken, property) and taken.fset is None):
+                raise ValueError(f"A configuration must have no field {name!r:.80}, which is the name of a part of it.")
         if self.block_types is None:
+            if self.num_hidden_layers > MOST_BLOCKS:
+                got = self.num_hidden_layers
+                raise ValueError(f"num_hidden_layers must be at most {MOST_BLOCKS} without block_types, got {got}.")
             self.block_types = ["mlstm"] * self.num_hidden_layers
         if self.slstm_num_heads is None:
             self.slstm_num_heads = self.num_heads
@@ -166,8 +178,12 @@ class XLSTMConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As in Transformers; the configuration of its own xLSTM is translated."""
+        """As in Transformers; the configuration of its own xLSTM is translated, and there has to be one."""
         fields, unused = super().get_config_dict(*args, **kwargs)
+        if not isinstance(fields, dict) or not fields:
+            got = "none" if not fields else type(fields).__name__
+            where = [*args, *kwargs.values()][0]
+            raise OSError(f"The config.json in {where} must hold names and values, got {got}.")
         return _translated(fields), unused
 
     @classmethod
@@ -182,7 +198,7 @@ class XLSTMConfig(PreTrainedConfig):
         """As in Transformers. PEFT calls it before it looks up what it adapts by default in models of this type."""
         if (peft := sys.modules.get("peft.utils.constants")) is not None:
             targets = peft.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-            targets.setdefault(self.model_type, list(LORA_TARGETS))
+            targets.setdefault(type(self).model_type, list(LORA_TARGETS))
         fields = super().to_dict()
         return {name: value for name, value in fields.items() if name != "auto_map" or value}
 
@@ -192,14 +208,14 @@ class XLSTMConfig(PreTrainedConfig):
 
         Raises ValueError if `ratio` is not of the form `"7:1"` or `num_hidden_layers` is not a multiple of `a + b`.
         """
-        match = re.fullmatch(r"(\d+):(\d+)", ratio)
+        match = re.fullmatch(r"(\d+):(\d+)", ratio) if isinstance(ratio, str) else None
         if match is None or int(match[1]) + int(match[2]) == 0:
             raise ValueError(f"ratio must be of the form 'mLSTM:sLSTM' such as '7:1' or '1:0', got {ratio!r}.")
         mlstm, slstm = int(match[1]), int(match[2])
         layers = kwargs.get("num_hidden_layers", cls.num_hidden_layers)
-        if layers % (mlstm + slstm):
+        if not isinstance(layers, int) or layers % (mlstm + slstm):
             raise ValueError(
-                f"num_hidden_layers must be a multiple of {mlstm + slstm} for the ratio {ratio}, got {layers}; "
+                f"num_hidden_layers must be a multiple of {mlstm + slstm} for the ratio {ratio}, got {layers!r}; "
                 "give block_types for any other order."
             )
         pattern = ["mlstm"] * mlstm + ["slstm"] * slstm
@@ -211,7 +227,7 @@ class XLSTMConfig(PreTrainedConfig):
         """A published size: `"xlstm-7b"`, or `"xlstm-{125m,350m,760m,1.3b}-{1:0,7:1}"`. `overrides` are fields."""
         if name == "xlstm-7b":
             return cls(**overrides)
-        match = re.fullmatch(r"xlstm-(.+)-(1:0|7:1)", name)
+        match = re.fullmatch(r"xlstm-(.+)-(1:0|7:1)", name) if isinstance(name, str) else None
         if match is None or match[1] not in PAPER_SIZES:
             legal = ["xlstm-7b"] + [f"xlstm-{size}-{ratio}" for size in PAPER_SIZES for ratio in ("1:0", "7:1")]
             raise ValueError(f"preset must be one of {', '.join(legal)}, got {name!r}.")
@@ -223,7 +239,7 @@ class XLSTMConfig(PreTrainedConfig):
     @property
     def layer_types(self) -> list[str]:
         """What Transformers calls these layers; the kinds of block are in `block_types`."""
-        return ["linear_attention"] * self.num_hidden_layers
+        return ["linear_attention"] * len(self.block_types)
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:
@@ -301,6 +317,9 @@ class XLSTMConfig(PreTrainedConfig):
         for field in NOT_NEGATIVE:
             if not 0 <= getattr(self, field) < math.inf:
                 raise ValueError(f"{field} must be zero or positive and finite, got {getattr(self, field)}.")
+        for field in POSITIVE + NOT_NEGATIVE:
+            if (value := getattr(self, field)) is not None and value > LARGEST:
+                raise ValueError(f"{field} must be less than 2 ** 63, got {value}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and less than 1, got {self.dropout}.")
         if len(self.block_types) != self.num_hidden_layers:
@@ -311,6 +330,8 @@ class XLSTMConfig(PreTrainedConfig):
         for i, kind in enumerate(self.block_types):
             if kind not in ("mlstm", "slstm"):
                 raise ValueError(f"block_types must hold 'mlstm' or 'slstm', got {kind!r} at position {i}.")
+        self._require_countable("vocab_size", self.vocab_size)
+        self._require_countable("hidden_size", self.hidden_size)
         if "mlstm" in self.block_types:
             self.check_mlstm()
         if "slstm" in self.block_types:
@@ -319,21 +340,36 @@ class XLSTMConfig(PreTrainedConfig):
     def check_slstm(self):
         """Refuse sizes of which no sLSTM can be built. Runs on construction if there is one."""
         self._require_multiple("hidden_size", self.hidden_size, "slstm_num_heads", self.slstm_num_heads)
+        self._require_countable("slstm_conv_kernel_size", self.slstm_conv_kernel_size)
+        self._require_countable("hidden_size * slstm_ffn_proj_factor, rounded up,", self.slstm_ffn_size)
 
     def check_mlstm(self):
         """Refuse sizes of which no mLSTM can be built. Runs on construction if there is one."""
         if self.mlstm_block == "post_up":
             self._require_multiple("hidden_size * qk_dim_factor", self.qk_size, "num_heads", self.num_heads)
             self._require_multiple("hidden_size * v_dim_factor", self.inner_size, "num_heads", self.num_heads)
+            if not self.ffn_size:
+                width = self.hidden_size * self.ffn_proj_factor
+                raise ValueError(f"hidden_size * ffn_proj_factor must be at least 1, got {width}.")
+            self._require_countable("hidden_size * qk_dim_factor", self.qk_size)
+            self._require_countable("hidden_size * v_dim_factor", self.inner_size)
+            self._require_countable("hidden_size * ffn_proj_factor, rounded up,", self.ffn_size)
             return
         inner = "the inner width (hidden_size * mlstm_proj_factor, rounded up)"
         self._require_multiple(inner, self.inner_size, "num_heads", self.num_heads)
         self._require_multiple(inner, self.inner_size, "mlstm_qkv_block_size", self.mlstm_qkv_block_size)
+        self._require_countable(inner, self.inner_size)
+        self._require_countable("conv_kernel_size", self.conv_kernel_size)
 
     @staticmethod
     def _require_multiple(what: str, size: int, of: str, divisor: int):
         if size < divisor or size % divisor:
             raise ValueError(f"{what} must be a multiple of {of} = {divisor}, got {size}.")
+
+    @staticmethod
+    def _require_countable(what: str, size: int):
+        if size > WIDEST:
+            raise ValueError(f"{what} must be at most 2 ** 28, got {size}.")
 
 
 def _translated(fields: dict[str, Any]) -> dict[str, Any]:

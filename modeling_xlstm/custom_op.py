@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling, is_exporting
 from torch.overrides import has_torch_function
 
 
@@ -25,6 +26,14 @@ def _bits(*names: str) -> int:
 # batched, negated or distributed tensors have others.
 OF_ANY_CALL = _bits("BackendSelect", "ADInplaceOrView")
 OF_PLAIN_TENSORS = _bits("ADInplaceOrView", "CPU", "AutogradCPU", "AutocastCPU", "CUDA", "AutogradCUDA", "AutocastCUDA")
+
+
+def is_compiling() -> bool:
+    """Whether a compiler or an exporter traces this. PyTorch's own says yes while any thread compiles.
+
+    It must not name `torch`: where a graph breaks, a compiler takes up the next functions that do, and it says yes.
+    """
+    return is_dynamo_compiling() or is_exporting()
 
 
 class Op:
@@ -103,7 +112,7 @@ class _Final(torch.autograd.Function):
 
 def _is_watched(inputs: tuple) -> bool:
     """Whether the dispatcher would not only pass a call on."""
-    if torch.compiler.is_compiling() or has_torch_function(inputs):
+    if is_compiling() or has_torch_function(inputs):
         return True
     if torch._C._dispatch_tls_local_include_set().raw_repr() & ~OF_ANY_CALL:
         return True

@@ -18,7 +18,7 @@ from .backends import COMBINES_PARALLELISM
 from .inputs_xlstm import BOUNDARIES
 from .layers_xlstm import SLSTMLayer
 from .linear import SHARED
-from .split_checkpoint import join_weights, opened, split_weights, whole_weights, without_converters
+from .split_checkpoint import FLOATS, dtypes_of, join_weights, opened, split_weights, whole_weights, without_converters
 from .tensor_parallel import split_projections
 
 
@@ -75,14 +75,31 @@ class DistributionMixin:
         model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
     ):  # fmt: skip
         """As in Transformers; where processes share the weights, each reads what it has of matrices, which a file may
-        have in one or in parts."""
+        have in one or in parts.
+
+        Raises ValueError if a weight is in two files, or of numbers that are no weights: Transformers would take them;
+        or if one has another shape than that of the model.
+        """
         load = partial(PreTrainedModel._load_pretrained_model, model)
+        files = (checkpoint_files or ()) if state_dict is None else ()
+        dtypes = dtypes_of(path for path in files if str(path).endswith(".safetensors"))
         if model.config.processes == 1:
-            return load(state_dict, checkpoint_files, load_config, *args, **kwargs)
-        with opened(state_dict, checkpoint_files, model.config.ranks) as weights:
-            arrange = whole_weights if model.config.ranks == 1 else split_weights
-            weights = arrange(weights, model.config)
-            return load(weights, checkpoint_files, without_converters(load_config), *args, **kwargs)
+            info, offloaded = load(state_dict, checkpoint_files, load_config, *args, **kwargs)
+        else:
+            with opened(state_dict, checkpoint_files, model.config.ranks) as weights:
+                arrange = whole_weights if model.config.ranks == 1 else split_weights
+                weights = arrange(weights, model.config)
+                info, offloaded = load(weights, checkpoint_files, without_converters(load_config), *args, **kwargs)
+        if info.mismatched_keys and not load_config.ignore_mismatched_sizes:  # before all of the model takes memory
+            name, got, shape = min(info.mismatched_keys)
+            raise ValueError(
+                f"The weight {name} must have shape {tuple(shape)} by the configuration, got {tuple(got)}."
+            )
+        wrong = {name for name, dtype in dtypes.items() if dtype not in FLOATS} - info.unexpected_keys
+        if wrong and not load_config.is_quantized:
+            name = min(wrong)
+            raise ValueError(f"The weight {name} must be of dtype {', '.join(FLOATS)}, got {dtypes[name]}.")
+        return info, offloaded
 
     def _load_and_finalize_distributed_pretrained_model(self: Any, folder: Any, *args: Any):
         """As in Transformers, whose error names a weight only. Raises ValueError if one of the model is missing."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .backends import HAS_TRITON, resolve
 from .checks import state_dtype
-from .custom_op import differentiable_once
+from .custom_op import differentiable_once, is_compiling
 
 
 if HAS_TRITON:
@@ -26,7 +26,7 @@ BLOCK = 1 << 20
 
 
 def _in_blocks(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and not is_compiling()
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class _SoftCap(torch.autograd.Function):
         dx = dy.new_empty(dy.shape)
         y, dy_rows, dx_rows = _rows(ctx.saved_tensors[0]), _rows(dy), _rows(dx)
         for block in _blocks(y):
-            torch.mul(y[block], y[block], out=dx_rows[block]).mul_(-1 / ctx.cap**2).add_(1).mul_(dy_rows[block])
+            torch.div(y[block], ctx.cap, out=dx_rows[block]).square_().neg_().add_(1).mul_(dy_rows[block])
         return dx, None
 
 
@@ -218,6 +218,9 @@ def _next(
     labels: Tensor, shift_labels: Tensor | None, vocab_size: int, ignore_index: int, device: torch.device
 ) -> Tensor:  # fmt: skip
     """What each position is to predict `[B T]`."""
+    dtype = (labels if shift_labels is None else shift_labels).dtype
+    if dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {dtype}.")
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     labels = shift_labels.reshape(-1).to(device)
@@ -229,15 +232,13 @@ def _mean(total: Tensor, labels: Tensor, count: Tensor | int | None, ignore_inde
     if isinstance(count, Tensor):
         count = count.to(total.device)
     count = (labels != ignore_index).sum() if count is None else count
-    if total.device.type == "cpu" and not torch.compiler.is_compiling() and count == 0:  # a GPU is not waited for
+    if total.device.type == "cpu" and not is_compiling() and count == 0:  # a GPU is not waited for
         raise ValueError(f"labels must hold a token to predict, got only {ignore_index} behind the first position.")
     return total / count
 
 
 def _check_labels(labels: Tensor, vocab_size: int, ignore_index: int) -> None:
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels must be int64, got {labels.dtype}.")
-    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+    if labels.device.type != "cpu" or is_compiling():
         return
     wrong = labels[((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)]
     if len(wrong):

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from .cache_xlstm import XLSTMCache
-from .checks import check_float, check_sequence, state_dtype
+from .checks import as_int32, check_float, check_sequence, state_dtype
+from .custom_op import is_compiling
 
 
 def check_ids(input_ids: Tensor, vocab_size: int) -> None:
@@ -22,7 +23,7 @@ def check_ids(input_ids: Tensor, vocab_size: int) -> None:
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"input_ids must be int64 or int32, got {input_ids.dtype}.")
     # On an accelerator the embedding itself stops at a wrong id; a check here would wait for it at every step.
-    if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+    if input_ids.device.type == "cpu" and not is_compiling():
         low, high = input_ids.min().item(), input_ids.max().item()
         if low < 0 or high >= vocab_size:
             raise IndexError(f"input_ids must be from 0 to {vocab_size - 1}, got values from {low} to {high}.")
@@ -34,6 +35,25 @@ def check_embeds(inputs_embeds: Tensor, weight: Tensor) -> None:
         raise ValueError(f"inputs_embeds must have shape [B, T, {weight.shape[-1]}], got {tuple(inputs_embeds.shape)}.")
     if inputs_embeds.dtype != weight.dtype and not torch.is_autocast_enabled(inputs_embeds.device.type):
         raise TypeError(f"inputs_embeds must be {weight.dtype} like the weights, got {inputs_embeds.dtype}.")
+
+
+def check_kept(logits_to_keep: int | Tensor, given: Any) -> None:
+    """A number of positions at the end of what a model is given, or these positions."""
+    if isinstance(logits_to_keep, int):
+        if logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep must be at least 0, got {logits_to_keep}.")
+        return
+    if not isinstance(logits_to_keep, Tensor) or logits_to_keep.dtype not in (torch.int64, torch.int32):
+        got = logits_to_keep.dtype if isinstance(logits_to_keep, Tensor) else type(logits_to_keep).__name__
+        raise TypeError(f"logits_to_keep must be an integer or an int64 tensor of positions [N], got {got}.")
+    if logits_to_keep.dim() != 1:
+        raise ValueError(f"logits_to_keep must be an integer or have shape [N], got {tuple(logits_to_keep.shape)}.")
+    if logits_to_keep.device.type != "cpu" or is_compiling():
+        return
+    T = given.shape[1] if isinstance(given, Tensor) and given.dim() > 1 else 0
+    wrong = logits_to_keep[(logits_to_keep < -T) | (logits_to_keep >= T)]
+    if T and len(wrong):
+        raise IndexError(f"logits_to_keep must hold positions of {T} tokens, got {wrong[0].item()}.")
 
 
 def only_cache(**caches: Any) -> Any:
@@ -71,7 +91,7 @@ def padding_mask(attention_mask: Tensor | None, B: int, T: int, cache: XLSTMCach
     """The last T columns as bool, or None without padding."""
     if attention_mask is None:
         return None
-    compiling = torch.compiler.is_compiling()
+    compiling = is_compiling()
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or attention_mask.shape[0] != B:
         got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
         raise ValueError(f"attention_mask must have shape [{B}, {T}] or [{B}, past + {T}], got {got}.")
@@ -93,7 +113,7 @@ def padding_mask(attention_mask: Tensor | None, B: int, T: int, cache: XLSTMCach
 
 def check_some_token(attention_mask: Tensor) -> None:
     """A batch to train on has more than padding; an accelerator is not waited for."""
-    if attention_mask.device.type == "cpu" and not torch.compiler.is_compiling() and not attention_mask.any():
+    if attention_mask.device.type == "cpu" and not is_compiling() and not attention_mask.any():
         raise ValueError(
             "attention_mask must have a 1 where there are labels to predict, got only 0, which is padding."
         )
@@ -114,27 +134,27 @@ def packed_bounds(
     if name in ("seq_idx", "position_ids"):
         bounds = _first_tokens(name, bounds, B, T, mask) if T > 1 else None
     if bounds is not None and mask is not None:
-        if torch.compiler.is_compiling() or not mask.all():
+        if is_compiling() or not mask.all():
             raise ValueError(
                 f"attention_mask must be left out, as packed sequences have no padding, got one with {name} of "
                 "several sequences."
             )
         mask = None
-    if isinstance(bounds, Tensor) and bounds.dtype == torch.int64:
-        bounds = bounds.to(torch.int32)
     check_sequence(B, T, device, mask, bounds)
-    return bounds
+    return None if bounds is None else as_int32(bounds, T)
 
 
 def _first_tokens(name: str, values: Tensor, B: int, T: int, mask: Tensor | None) -> Tensor | None:
     """Boundaries of sequences, which begin where `position_ids` do not rise from one token to the next, or where
     `seq_idx` changes; None if there is only one."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         raise NotImplementedError(
             f"torch.compile cannot look for packed sequences in {name}; give their boundaries as cu_seq_lens_q."
         )
     if not isinstance(values, Tensor):
         raise TypeError(f"{name} must be a tensor [B, T], got {type(values).__name__}.")
+    if values.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} must be int64 or int32, got {values.dtype}.")
     if values.dim() != 2 or values.shape[0] not in (1, B) or values.shape[1] != T:
         shapes = " or ".join(f"[{rows}, {T}]" for rows in sorted({1, B}))
         raise ValueError(f"{name} must have shape {shapes}, got {tuple(values.shape)}.")

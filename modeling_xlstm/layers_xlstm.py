@@ -166,8 +166,8 @@ def check_layer_input(
     if x.shape[-1] != size:
         raise ValueError(f"x must have shape [B, T, {size}], got {tuple(x.shape)}.")
     check_sequence(x.shape[0], x.shape[1], x.device, mask, cu_seqlens)
-    if keep is not None and keep < 1:
-        raise ValueError(f"keep must be at least 1, or None for all positions, got {keep}.")
+    if keep is not None and (not isinstance(keep, int) or keep < 1):
+        raise ValueError(f"keep must be at least 1, or None for all positions, got {keep!r}.")
 
 
 def last(x: Tensor, keep: int | None) -> Tensor:

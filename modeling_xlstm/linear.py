@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from .backends import HAS_ONEDNN_LINEAR, HAS_TRITON, INTERPRETED, needs_triton, resolve
-from .custom_op import differentiable_once
+from .custom_op import differentiable_once, is_compiling
 from .fused import soft_cap
 from .linear_packed import PACKED
 
@@ -99,7 +99,7 @@ def is_plain(module: Any, x: Tensor) -> bool:
         and x.dtype == module.weight.dtype
         and x.device == module.weight.device
         and not torch.is_autocast_enabled(x.device.type)
-        and not torch.compiler.is_compiling()  # the compiler makes its own choice
+        and not is_compiling()  # the compiler makes its own choice
     )
 
 
@@ -159,7 +159,7 @@ def is_for_onednn(module: Any, x: Tensor) -> bool:
 
 def packed_weight(module: Any, x: Tensor) -> Tensor | None:
     """The weight of `module` as oneDNN wants it, in a `generate` that packs weights, if it has by now."""
-    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or torch.compiler.is_compiling():
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or is_compiling():
         return None
     packed = PACKED.get()
     if packed is None or torch.is_grad_enabled() or not is_plain(module, x):

@@ -25,7 +25,8 @@ from .checks import full_precision
 from .custom_op import op
 
 
-# exp(-m), the least denominator, is not let grow further: h is zero there, and infinity would have no gradient.
+# exp(-m), the least denominator, is not let grow further: h is zero there, and infinity would have no gradient. Nor
+# shrink: a query of zeros, such as that of padding, would be divided by zero where there is no eps.
 MAX_LOG_FLOOR = 80.0
 
 
@@ -52,9 +53,7 @@ def mlstm_step(
     past = F.logsigmoid(fgate)
     if input_gate == "exp":
         past = past + m
-        m_new = torch.maximum(past, igate)
-        # minus infinity where nothing is left, and nothing enters: empty again
-        m_new = torch.nan_to_num(m_new, nan=math.nan, posinf=math.inf, neginf=0.0)
+        m_new = _or_empty(torch.maximum(past, igate))
     else:
         igate, m_new = F.logsigmoid(igate), torch.zeros_like(m)
     f = torch.exp(past - m_new).unsqueeze(-1)
@@ -69,8 +68,13 @@ def mlstm_step(
     return numerator / denominator.unsqueeze(-1), MLSTMState(C, n, m)
 
 
+def _or_empty(m: Tensor) -> Tensor:
+    """A stabiliser that is 0 where it would be minus infinity: nothing is left, and nothing enters."""
+    return torch.nan_to_num(m, nan=math.nan, posinf=math.inf, neginf=0.0)
+
+
 def _floor(m: Tensor) -> Tensor:
-    return torch.exp((-m).clamp(max=MAX_LOG_FLOOR))
+    return torch.exp((-m).clamp(-MAX_LOG_FLOOR, MAX_LOG_FLOOR))
 
 
 def mlstm_recurrent(
@@ -147,8 +151,8 @@ class _Weights(NamedTuple):
     W: Tensor  # [N, B, H, L, L] exp(D - m), zero above the diagonal; the last row weighs tokens in the next state
     g: Tensor  # [N, B, H, L] the weight of the state before the chunk in each row; the last also in the next state
     m: Tensor  # [N, B, H, L] stabiliser of each row
-    from_state: Tensor  # [N, B, H, L] True where m comes through the state before the chunk
-    source: Tensor  # [N, B, H, L] else the token that it comes from
+    from_state: Tensor | None  # [N, B, H, L] True where m comes through the state before the chunk; None if m stays 0
+    source: Tensor | None  # [N, B, H, L] else the token that it comes from
 
 
 def _weights(logi: Tensor, logf: Tensor, m: Tensor, chunks: _Chunks, input_gate: str) -> tuple[_Weights, Tensor]:
@@ -156,12 +160,12 @@ def _weights(logi: Tensor, logf: Tensor, m: Tensor, chunks: _Chunks, input_gate:
     L = chunks.L
     causal = torch.ones(L, L, dtype=torch.bool, device=logf.device).tril()
     # Sums over segments rather than differences of one cumulative sum: exact for any gate.
-    D = logf[..., None].expand(*logf.shape, L).masked_fill(~causal.tril(-1), 0.0).cumsum(-2)
+    D = logf[..., None].masked_fill(~causal.tril(-1), 0.0).cumsum(-2)
     D = (D + logi[..., None, :]).masked_fill_(~causal, -math.inf)
     b = logf.cumsum(-1)
     if input_gate == "sigmoid":
         zero = torch.zeros_like(b)
-        return _Weights(D.exp_(), b.exp(), zero, zero > 1, zero.long()), m.new_zeros(m.shape)
+        return _Weights(D.exp_(), b.exp(), zero, None, None), m.new_zeros(m.shape)
     row_max, source = D.max(-1)
     b_last, max_last, before = b[..., -1].unbind(), row_max[..., -1].unbind(), []
     m_last = m.new_empty(m.shape)
@@ -169,10 +173,10 @@ def _weights(logi: Tensor, logf: Tensor, m: Tensor, chunks: _Chunks, input_gate:
         m_next = m[rows]
         for i in range(first, end):
             before.append(m_next)
-            m_next = torch.maximum(b_last[i] + m_next, max_last[i])
+            m_next = _or_empty(torch.maximum(b_last[i] + m_next, max_last[i]))
         m_last[rows] = m_next
     through_state = b + torch.stack(before)[..., None]
-    m_rows = torch.maximum(through_state, row_max)
+    m_rows = _or_empty(torch.maximum(through_state, row_max))
     W = D.sub_(m_rows[..., None]).exp_()
     return _Weights(W, (through_state - m_rows).exp_(), m_rows, through_state >= row_max, source), m_last
 
@@ -226,9 +230,15 @@ def mlstm_chunkwise(
         state = C[rows].view(-1, *C.shape[2:])
         for i in range(first, end):
             numerators[i].baddbmm_(q_states[i], state)
-            state.mul_(decays[i]).baddbmm_(k_nexts[i].mT, vs[i])
+            _advance_(state, decays[i], k_nexts[i].mT, vs[i])
     h = numerator.div_(x.denominator[..., None])
     return chunks.merge(h, v.dtype), C, x.n_last, x.m_last
+
+
+def _advance_(state: Tensor, decay: Tensor, x: Tensor, y: Tensor) -> None:
+    """The state becomes `decay * state + x @ y`. The product is summed by itself: terms that a large state would not
+    notice one by one are not lost."""
+    torch.addcmul(torch.bmm(x, y), decay, state, out=state)
 
 
 def _matrices(x: Tensor) -> tuple[Tensor, ...]:
@@ -249,8 +259,9 @@ def _mlstm_chunkwise_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Exact gradients of `mlstm_chunkwise`: of q, k, v, both gates and the initial state.
 
-    The stabiliser cancels out of h but for eps, and every sum below is over the unstabilised recurrence plus what eps
-    sends through m. `u` is minus the gradient of a row's denominator.
+    The stabiliser cancels out of h but for what of a denominator does not follow it: eps, or all of it at a bound of
+    the floor. Every sum below is over the unstabilised recurrence plus what that sends through m. `u` is minus the
+    gradient of a row's denominator.
     """
     dtype = C.dtype
     chunks = _Chunks(q, chunk_size, cu_seqlens)
@@ -262,7 +273,7 @@ def _mlstm_chunkwise_backward(
         state = C_last[rows].view(-1, *C.shape[2:])
         for i in range(first, end):
             befores[i].copy_(state)
-            state.mul_(decays[i]).baddbmm_(k_nexts[i].mT, vs[i])
+            _advance_(state, decays[i], k_nexts[i].mT, vs[i])
 
     # 1. through h = numerator / denominator to the weights of tokens and states
     d_numerator = chunks.split(dh, dtype) / x.denominator[..., None]
@@ -288,7 +299,7 @@ def _mlstm_chunkwise_backward(
             dvs[i].baddbmm_(k_nexts[i], dC_after)
             through_C = torch.linalg.vecdot(dC_after, befores[i]).sum(-1)
             d_decay[i] = through_C.view_as(d_decay[i]) + (dn_after * x.n_before[i]).sum(-1)
-            dC_after.mul_(decays[i]).baddbmm_(q_states[i].mT, d_numerators[i])
+            _advance_(dC_after, decays[i], q_states[i].mT, d_numerators[i])
             dn_after = torch.addcmul(dn_entering[i], decay[i, ..., None], dn_after)
         dn_first[rows] = dn_after
 
@@ -304,7 +315,9 @@ def _mlstm_chunkwise_backward(
     d_state[..., -1] += decay * d_decay
     if input_gate == "exp":
         dm = dm - (dC * C_last).sum((-1, -2)) - (dn * x.n_last).sum(-1)
-        dm_first = _stabiliser_backward(dD, d_state, -eps * u, dm, w, chunks)
+        held = (x.normaliser.abs() < x.floor) & (w.m.abs() > MAX_LOG_FLOOR)
+        dm_rows = -u * torch.where(held, x.denominator, eps)
+        dm_first = _stabiliser_backward(dD, d_state, dm_rows, dm, w, chunks)
         dm_first += (dC_first * C).sum((-1, -2)) + (dn_first * n).sum(-1)
     else:
         dm_first = m.new_zeros(m.shape)
@@ -313,7 +326,7 @@ def _mlstm_chunkwise_backward(
     dlogf = _reverse_cumsum(dD, -2).tril_(-1).sum(-1) + _reverse_cumsum(d_state, -1)
     if input_gate == "sigmoid":
         dlogi *= torch.sigmoid(-chunks.split(igate, dtype))
-    dlogf *= torch.sigmoid(-chunks.split(fgate, dtype, fill=math.inf))
+    dlogf *= torch.sigmoid(-chunks.split(fgate, dtype))
     inputs = (q, k, v, igate, fgate)
     grads = (chunks.merge(d, like.dtype) for d, like in zip((dq, dk, dv, dlogi, dlogf), inputs, strict=True))
     dq, dk, dv, dlogi, dlogf = grads

@@ -12,8 +12,9 @@ from .mlstm_torch import MAX_LOG_FLOOR
 from .triton_language import tl, triton
 
 
-# exp of it is zero, and sums of it over a chunk are finite: the log of a forget gate that is shut
-LOG_ZERO = tl.constexpr(-1e5)
+# the log of a forget gate that is shut: its exp is zero whatever float16 has for input gates, and sums over a chunk are
+# as exact as need be
+LOG_ZERO = tl.constexpr(-2e5)
 LOG_FLOOR = tl.constexpr(MAX_LOG_FLOOR)
 # gates are small, and may be slices of anything
 GATES, GATE_STRIDES = ["igate", "fgate"], ["si_t", "si_h", "sf_t", "sf_h"]
@@ -85,6 +86,12 @@ def _keeps(log_f, log_f_low, peak, m_before, tokens, at, valid):
     through = tl.load(log_f + tokens, mask=valid, other=0.0).to(tl.float64) + tl.load(m_before + at)
     through += tl.load(log_f_low + tokens, mask=valid, other=0.0)
     return valid & (through.to(tl.float32) >= tl.load(peak + tokens, mask=valid, other=0.0))
+
+
+@triton.jit
+def _floor(m):
+    """exp(-m), the least denominator, within bounds."""
+    return _exp(tl.maximum(tl.minimum(-m, LOG_FLOOR), -LOG_FLOOR))
 
 
 @triton.jit
@@ -399,7 +406,7 @@ def mlstm_fwd_scores_kernel(
         norm += tl.sum(S.to(tl.float32), 1)
         inside, _ = _scores(rows, cols, BS)
         tl.store(scores + inside, S)
-    den = _max(tl.abs(norm), _exp(tl.minimum(-m, LOG_FLOOR))) + eps
+    den = _max(tl.abs(norm), _floor(m)) + eps
     tl.store(m_rows + tokens + rows, m, mask=valid)
     tl.store(normaliser + tokens + rows, norm, mask=valid)
     tl.store(denominator + tokens + rows, den, mask=valid)
@@ -435,7 +442,8 @@ def mlstm_bwd_rows_kernel(
     den = tl.load(denominator + tokens, mask=valid, other=1.0)
     norm = tl.load(normaliser + tokens, mask=valid, other=0.0)
     sign = tl.where(norm > 0, -1.0, tl.where(norm < 0, 1.0, 0.0))
-    du = tl.where(tl.abs(norm) >= _exp(tl.minimum(-m, LOG_FLOOR)), sign * u, 0.0)
+    floor = _floor(m)
+    du = tl.where(tl.abs(norm) >= floor, sign * u, 0.0)
     g = tl.div_rn(tl.load(state_weight + tokens, mask=valid, other=0.0), den)
     tl.store(d_norm + tokens, du, mask=valid)
     tl.store(dC_weight + tokens, g, mask=valid)
@@ -444,6 +452,8 @@ def mlstm_bwd_rows_kernel(
         keeps = _keeps(log_f, log_f_low, peak, m_before, tokens, at, valid)
         # What eps leaves of it. Where rounding of h hides that, it would be alone with its sign.
         dm = tl.where(eps >= HALF_ULP * den, -eps * u / den, 0.0)
+        # A floor at its bound does not follow the stabiliser: then all of it is left.
+        dm = tl.where((tl.abs(norm) < floor) & (tl.abs(m) > LOG_FLOOR), -u, dm)
         tl.store(d_m + tokens, dm, mask=valid)
         tl.store(m_from_state + at * BLOCKS + i % BLOCKS, tl.sum(tl.where(keeps, dm, 0.0), 0))
 

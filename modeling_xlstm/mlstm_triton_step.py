@@ -18,7 +18,7 @@ from .custom_op import op
 from .fused import soft_cap
 from .mlstm_torch import MLSTMState, hold_padding
 from .mlstm_torch import mlstm_step as mlstm_step_torch
-from .mlstm_triton_kernels import LOG_FLOOR, _exp, _log_gates, _max
+from .mlstm_triton_kernels import _exp, _floor, _log_gates, _max
 from .triton_language import blocks_of, chain_options, chains, gdc_launch_dependents, gdc_wait, power_of_2, tl, triton
 
 
@@ -71,7 +71,7 @@ def mlstm_step_kernel(
             logf = (logf + m_new).to(tl.float32)
             m_new = _max(logf, logi)
             m_new = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing is left, and nothing enters: empty again
-        f, floor = _exp(logf - m_new), _exp(tl.minimum(-m_new, LOG_FLOOR))
+        f, floor = _exp(logf - m_new), _floor(m_new)
         b_q, b_v = b_q.to(tl.float32) * softmax_scale, b_v.to(tl.float32)
         b_k = b_k.to(tl.float32) * _exp(logi - m_new)
         b_C = f * b_C + b_k[:, None] * b_v[None, :]

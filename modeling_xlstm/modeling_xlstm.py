@@ -9,6 +9,8 @@ Papers: https://arxiv.org/abs/2405.04517 (xLSTM[a:b]) and https://arxiv.org/abs/
 import copy
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -27,7 +29,13 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    TransformersKwargs,
+    can_return_tuple,
+    logging,
+)
 from transformers.utils.generic import ModelOutput, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -37,6 +45,7 @@ from .checkpoint_xlstm import from_native
 from .checks import is_finite
 from .configuration_formats import fields_to
 from .configuration_xlstm import XLSTMConfig
+from .custom_op import is_compiling
 from .distribution_xlstm import SEED, DistributionMixin, check_alike, first_of_all, random_state
 from .fused import causal_lm_loss, causal_lm_loss_in_parts, soft_cap
 from .generation_xlstm import XLSTMGenerationMixin
@@ -47,6 +56,7 @@ from .inputs_xlstm import (
     check_checkpointing,
     check_embeds,
     check_ids,
+    check_kept,
     check_some_token,
     only_cache,
     packed_bounds,
@@ -182,7 +192,7 @@ class XLSTMPreTrainedModel(DistributionMixin, PreTrainedModel):
     _can_record_outputs = {"hidden_states": XLSTMBlock}
 
     def __init__(self, config: XLSTMConfig, *args: Any, **kwargs: Any):
-        if config.model_type != XLSTMConfig.model_type:
+        if getattr(config, "model_type", None) != XLSTMConfig.model_type:
             raise TypeError(
                 f"config must be an XLSTMConfig, got {type(config).__name__}; XLSTMConfig.from_dict(config.to_dict()) "
                 "makes one of that of Transformers' own xLSTM."
@@ -192,6 +202,7 @@ class XLSTMPreTrainedModel(DistributionMixin, PreTrainedModel):
                 f"config must not be that of a model which {config.processes} processes share, as it has its own "
                 "distributed_config; XLSTMConfig.from_dict(config.to_dict()) makes another."
             )
+        config.validate_architecture()  # of which fields may have been changed
         super().__init__(config, *args, **kwargs)
         # A pattern from the start of a name, which is all that some quantisers look at.
         gates = {".*gate_proj", ".*gate_weight", ".*gate_bias"}
@@ -253,7 +264,9 @@ class XLSTMPreTrainedModel(DistributionMixin, PreTrainedModel):
         save_original_format: bool = False,
         **kwargs: Any,
     ):
-        """As in Transformers, except that `save_original_format` is off: weights are saved as they are in memory.
+        """As in Transformers, except that `save_original_format` is off: weights are saved as they are in memory. Where
+        the directory holds a model already, what is left of its weights is never read with the new ones or in place of
+        them, even if saving is stopped half-way.
 
         With `save_original_format=True` a language model is saved in the format of Transformers' own xLSTM, for those
         who load it without this package. It takes the memory of the weights once more.
@@ -264,7 +277,9 @@ class XLSTMPreTrainedModel(DistributionMixin, PreTrainedModel):
             raise ValueError("A model must not be a pipeline to be saved, got one, with blocks in several processes.")
         common = {"is_main_process": is_main_process, "save_original_format": False, **kwargs}
         if not save_original_format:
-            super().save_pretrained(save_directory, state_dict=state_dict, push_to_hub=push_to_hub, **common)
+            has_weights = not (common.get("distributed_checkpoint") or getattr(self, "_hf_peft_config_loaded", False))
+            with _replacing_weights(save_directory, is_main_process and has_weights):
+                super().save_pretrained(save_directory, state_dict=state_dict, push_to_hub=push_to_hub, **common)
             return
         if not isinstance(self, XLSTMForCausalLM):
             raise ValueError(f"Transformers' format is that of a language model, got {type(self).__name__}.")
@@ -282,7 +297,8 @@ class XLSTMPreTrainedModel(DistributionMixin, PreTrainedModel):
         fields = fields_to(self.config, "transformers")
         native = self.state_dict() if state_dict is None else state_dict
         origin = from_native(native, self.config, "transformers", weight_shapes(self.config))
-        super().save_pretrained(save_directory, state_dict=origin, **common)
+        with _replacing_weights(save_directory, is_main_process):
+            super().save_pretrained(save_directory, state_dict=origin, **common)
         if is_main_process:
             fields["dtype"] = str(self.dtype).removeprefix("torch.")
             Path(save_directory, "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
@@ -316,7 +332,7 @@ class XLSTMModel(XLSTMPreTrainedModel):
     def _check_alike(self, given: Tensor, mask: Tensor | None) -> None:
         """Of the first pass in training mode. Raises ValueError if processes that share heads are given other rows, or
         would drop other channels."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return
         check_alike(self.text_group, "rows", given, mask)
         if self.config.dropout:
@@ -398,7 +414,7 @@ class XLSTMModel(XLSTMPreTrainedModel):
         if output_gates and self.training and self.gradient_checkpointing:
             raise ValueError("output_gates must be off with gradient checkpointing, which recomputes them, got True.")
         whole = cache is None or not logits_to_keep or collecting or output_gates or torch.is_grad_enabled()
-        whole = whole or torch.compiler.is_compiling()
+        whole = whole or is_compiling()
         for start, end in [(0, T)] if whole else _pieces(B, T, logits_to_keep):
             piece = given[:, start:end]
             part = None if mask is None else mask[:, start:end]
@@ -476,6 +492,19 @@ def _pieces(B: int, T: int, keep: int) -> list[tuple[int, int]]:
     count = -(-B * T // PIECE)
     starts = list(range(0, max(1, T - keep + 1), -(-T // count)))
     return list(pairwise([*starts, T]))
+
+
+@contextmanager
+def _replacing_weights(folder: str | os.PathLike, is_mine: bool) -> Iterator[None]:
+    """Inside, weights are saved where there may be others, if that `is_mine`. Shards of both would be read together by
+    an index from before, and a single file from before in place of new shards."""
+    is_mine = is_mine and not (torch.distributed.is_initialized() and torch.distributed.get_rank())
+    index, single = Path(folder, SAFE_WEIGHTS_INDEX_NAME), Path(folder, SAFE_WEIGHTS_NAME)
+    if is_mine and index.is_file():
+        index.unlink()
+    yield
+    if is_mine and index.is_file():
+        single.unlink(missing_ok=True)
 
 
 def _is_finite(weight: Tensor) -> bool:
@@ -576,7 +605,8 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, XLSTMGenerationMixin):
             As [`XLSTMModel`]; and FloatingPointError if logits outside training are not finite (on a CPU).
         """
         cache = only_cache(past_key_values=past_key_values, cache=cache, cache_params=cache_params)
-        graphs = None if torch.compiler.is_compiling() else ACTIVE.get()
+        check_kept(logits_to_keep, inputs_embeds if input_ids is None else input_ids)
+        graphs = None if is_compiling() else ACTIVE.get()
         if graphs is not None and graphs.model() is self:
             others = (labels, inputs_embeds, *(kwargs.get(name) for name in BOUNDARIES))
             wanted = all(x is None for x in others) and not (kwargs.get("output_hidden_states") or output_gates)
@@ -654,7 +684,7 @@ def _check_label_shape(name: str, labels: Tensor, x: Tensor) -> None:
 
 def _check_finite(logits: Tensor) -> None:
     """Outside training a NaN can only mean broken weights or inputs, and argmax would turn it into a wrong token."""
-    if torch.compiler.is_compiling() or logits.device.type != "cpu":
+    if is_compiling() or logits.device.type != "cpu":
         return
     # the last position has seen all others through the states
     if not torch.isfinite(logits[:, -1:]).all():
@@ -735,7 +765,7 @@ class XLSTMForSequenceClassification(XLSTMPreTrainedModel):
                 return -1
             missing = "inputs_embeds" if input_ids is None else "input_ids, and no pad_token_id in the configuration"
             raise ValueError(f"A batch of sequences must come with an attention_mask, got only {missing}.")
-        if real.device.type == "cpu" and not torch.compiler.is_compiling() and not real.any(1).all():
+        if real.device.type == "cpu" and not is_compiling() and not real.any(1).all():
             raise ValueError(
                 f"Each sequence must have a token to be classified at, got none in {(~real.any(1)).sum()}."
             )

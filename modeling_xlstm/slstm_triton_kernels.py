@@ -224,7 +224,9 @@ def slstm_bwd_kernel(
         # what the step multiplies gradients with
         log_f = _log_sigmoid(f) + m_old
         by_state = (log_f >= i) & (n_old != 0)
-        decay, enter = tl.exp(tl.minimum(log_f - m, LARGEST)), tl.exp(i - m)
+        # of a state that is not empty at most 1, although m was rounded where it was kept
+        largest = tl.where(n_old == 0, LARGEST, 0.0)
+        decay, enter = tl.exp(tl.minimum(log_f - m, largest)), tl.exp(i - m)
         d_log_f = 1 / (1 + tl.exp(f))
         z, o = _tanh(z), 1 / (1 + tl.exp(-o))
         n_after = tl.where(n == 0, 1.0, n)  # zero before the first step, where nothing is left to do

@@ -4,12 +4,13 @@ A checkpoint may be of this package, its matrices in one, or in parts if it was 
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.core_model_loading import Concatenate
 from transformers.modeling_utils import load_state_dict
@@ -17,6 +18,9 @@ from transformers.modeling_utils import load_state_dict
 from .checkpoint_xlstm import FUSED, SINGLE
 from .configuration_xlstm import XLSTMConfig
 from .parallel_plan import parts_of
+
+
+FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls the dtypes of weights
 
 
 @contextmanager
@@ -41,6 +45,27 @@ def opened(
             file = stack.enter_context(safe_open(path, framework="pt"))
             found |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no dict
         yield found
+
+
+def dtypes_of(files: Iterable[str]) -> dict[str, str]:
+    """By name, the dtypes of the weights in safetensors files, in their words.
+
+    Raises ValueError if a file is broken, or a weight is in two, of which Transformers would take the second; OSError
+    if a file is none.
+    """
+    dtypes: dict[str, str] = {}
+    for path in files:
+        if not Path(path).is_file():
+            raise OSError(f"The weights must be in files, got {path}, which is none.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118, it is no dict
+        except SafetensorError as error:
+            raise ValueError(f"The weights in {path} cannot be read: {error}.") from error
+        if twice := found.keys() & dtypes.keys():
+            raise ValueError(f"Each weight must be in one file, got {min(twice)} in {path} and in another.")
+        dtypes |= found
+    return dtypes
 
 
 def without_converters(load_config: Any) -> Any:

@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, ColwiseParallel, TensorParallelLayer
 
-from .custom_op import differentiable_once
+from .custom_op import differentiable_once, is_compiling
 from .layers_xlstm import GateActivations, GateLinear, MLSTMLayer, SLSTMLayer
 from .linear import is_hooked, is_itself, own_part
 from .parallel_plan import Parts, check_divisible, parts_of
@@ -185,7 +185,7 @@ class SplitLinear(nn.ModuleDict):
             self.packed is not None
             and x.dtype == self.packed.dtype
             and not torch.is_autocast_enabled(x.device.type)
-            and not torch.compiler.is_compiling()
+            and not is_compiling()
             and all(type(x) is nn.Linear and x.bias is None for x in self.parts)
             and not any(x._forward_hooks or x._forward_pre_hooks for x in self.parts)
         )

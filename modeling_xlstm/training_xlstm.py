@@ -272,6 +272,12 @@ class XLSTMTrainer(Trainer):
         self.windows += 1
         return result
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step < self.state.max_steps:
+            return super().get_batch_samples(*args, **kwargs)
+        self.control.should_training_stop = True  # it was at its end when it was resumed
+        return [], None
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.cache is not None:  # first, as a checkpoint that seems complete is, and those before it are deleted
             folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")

@@ -9,6 +9,7 @@ import torch
 from models import KINDS, TWO_KINDS, assert_near, assert_same_states, random_ids, states, tiny_config, tiny_model
 
 from modeling_xlstm import XLSTMCache
+from modeling_xlstm.cache_xlstm import LINE, state_shapes
 
 
 def cache_after(model, ids, **kwargs):
@@ -16,6 +17,47 @@ def cache_after(model, ids, **kwargs):
     with torch.no_grad():
         model(ids, past_key_values=cache, **kwargs)
     return cache
+
+
+NO_CONVOLUTION = {"conv_kernel_size": 0, "slstm_conv_kernel_size": 0}
+
+
+@pytest.mark.parametrize("fields", [{}, NO_CONVOLUTION], ids=["as they are", "no convolution"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_shapes_of_states_follow_from_the_configuration(kind, fields):
+    model = tiny_model(kind, **fields)
+    for layer in cache_after(model, random_ids(2, 5)).layers:
+        shapes = {name: x.shape[1:] for name, x in layer.state.tensors().items()}
+        assert shapes == state_shapes(model.config)[layer.kind]
+
+
+def test_of_several_processes_each_has_the_states_of_its_heads(monkeypatch):
+    config = tiny_config("pre_up_slstm")
+    whole = state_shapes(config)
+    monkeypatch.setattr(type(config), "ranks", 2)
+    for kind, shapes in state_shapes(config).items():
+        for name, shape in shapes.items():
+            split = -1 if name == "conv" else 0  # channels, which the heads have side by side
+            expected = list(whole[kind][name])
+            expected[split] //= 2
+            assert list(shape) == expected, name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_may_live_in_memory_that_is_given_each_at_a_line_of_its_own(kind):
+    model, ids = tiny_model(kind), random_ids(3, 20)
+    cache = XLSTMCache(model.config)
+    memory = torch.zeros(cache.numbers(3))
+    cache.take(memory, 3)
+    places = [(x.data_ptr() - memory.data_ptr()) // 4 for x in states(cache).values()]
+    assert all(place % LINE == 0 for place in places)
+    sizes = [x.numel() for x in states(cache).values()]
+    ends = [place + size for place, size in zip(places, sizes, strict=True)]
+    assert all(0 <= next_place - end < LINE for end, next_place in zip(ends, [*places[1:], len(memory)], strict=True))
+    model(ids, past_key_values=cache)
+    assert_same_states(cache, cache_after(model, ids), 0)
+    assert [(x.data_ptr() - memory.data_ptr()) // 4 for x in states(cache).values()] == places
 
 
 def continues_as(model, cache, expected, seen):
@@ -77,6 +119,17 @@ def test_a_cache_made_in_inference_mode_works_after_it(kind):
     continues_as(model, cache, XLSTMCache(model.config), 0)
 
 
+@pytest.mark.parametrize("kind", TWO_KINDS)
+def test_a_token_with_gradients_does_not_overwrite_states_without(kind):
+    model, ids = tiny_model(kind), random_ids(2, 10)
+    cache = cache_after(model, ids[:, :9])
+    kept = states(cache)
+    copies = {name: tensor.clone() for name, tensor in kept.items()}
+    model(ids[:, 9:], past_key_values=cache).logits.sum().backward()
+    assert all(torch.equal(tensor, copies[name]) for name, tensor in kept.items())
+    assert all(tensor.requires_grad for tensor in states(cache).values())
+
+
 def test_a_cache_that_is_differentiated_through_is_not_overwritten():
     model, ids = tiny_model("pre_up_slstm"), random_ids(2, 20)
     cache = XLSTMCache(model.config)
@@ -95,12 +148,21 @@ def test_an_empty_cache_says_so():
     assert cache.get_seq_length() == 0
     assert len(cache) == 3
     assert not cache.has_previous_state() and not cache.has_previous_state(1)
-    assert cache.is_compileable
+    assert cache.is_compileable and cache.is_croppable and not any(cache.is_sliding)
+    assert not any(layer.supports_early_init for layer in cache.layers)
+    assert cache.layers[0].get_max_length() == -1  # there is none
     assert cache.get_mask_sizes(7) == (7, 0)
     assert states(cache) == {}
     assert repr(cache.layers[1]) == "XLSTMCacheLayer(slstm)"
     with pytest.raises(AttributeError, match="An empty cache layer has no batch size"):
         cache.layers[0].batch_size  # noqa: B018
+
+
+def test_a_cache_has_a_previous_state_once_its_last_layer_has_one():
+    filled, cache = (XLSTMCache(tiny_config("pre_up_slstm")) for _ in range(2))
+    tiny_model("pre_up_slstm")(random_ids(2, 5), past_key_values=filled)
+    cache.update(filled.layers[2].state, 2)
+    assert cache.has_previous_state() and cache.has_previous_state(2) and not cache.has_previous_state(1)
 
 
 def test_a_filled_cache_says_what_it_has_seen():
@@ -124,6 +186,26 @@ def test_reset_equals_a_fresh_cache(kind):
         assert torch.equal(model(ids, past_key_values=cache).logits, model(ids).logits)
     assert_same_states(cache, cache_after(model, ids), 0)
     assert cache.get_seq_length() == 20
+
+
+def test_a_reset_keeps_the_addresses_where_autograd_is_on():
+    cache = cache_after(tiny_model("pre_up_slstm"), random_ids(2, 5))
+    before = states(cache)
+    cache.reset()
+    for name, tensor in states(cache).items():
+        assert tensor is before[name] and not tensor.any(), name
+
+
+def test_what_was_checked_of_an_empty_cache_does_not_hold_of_a_filled_one():
+    model = tiny_model("pre_up_slstm")
+    cache, filled = (cache_after(model, random_ids(2, 5)) for _ in range(2))
+    cache.reset()
+    cache.check(model.config, 3)
+    with torch.no_grad():
+        for i, layer in enumerate(filled.layers):
+            cache.update(layer.state, i)
+    with pytest.raises(ValueError, match="past_key_values must hold"):
+        cache.check(model.config, 3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -287,6 +369,64 @@ def test_rows_are_reordered_repeated_and_selected(kind):
         with torch.no_grad():
             change(cache)
         continues_as(model, cache, cache_after(model, ids[rows]), 20)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change, error, sentence",
+    [
+        (lambda c: c.reorder_cache(torch.tensor([0, 3])), IndexError, "beam_idx must be from 0 to 2, got 3"),
+        (lambda c: c.reorder_cache(torch.tensor([-1])), IndexError, "beam_idx must be from 0 to 2, got -1"),
+        (lambda c: c.reorder_cache([0, 1]), TypeError, "beam_idx must be a tensor of .*int64 or .*int32, got list"),
+        (lambda c: c.reorder_cache(torch.ones(3, dtype=torch.bool)), TypeError, "beam_idx must be .*, got torch.bool"),
+        (lambda c: c.batch_select_indices(torch.tensor(0)), ValueError, r"indices must have shape \[N\], got \(\)"),
+        (
+            lambda c: c.batch_select_indices(torch.ones(2, dtype=torch.bool)),
+            ValueError,
+            r"indices must have shape \[3\] as a mask, got \(2,\)",
+        ),
+        (lambda c: c.batch_repeat_interleave(0), ValueError, "repeats must be an integer of at least 1, got 0"),
+        (lambda c: c.batch_repeat_interleave(True), ValueError, "repeats must be an integer of at least 1, got True"),
+        (lambda c: c.crop("1"), TypeError, "crop takes minus the number of tokens to remove, an integer, got '1'"),
+        (lambda c: c.crop(-1.0), TypeError, "crop takes minus the number .*, got -1.0"),
+    ],
+)
+def test_rows_and_numbers_that_there_are_not_are_refused_and_the_cache_left_as_it_was(change, error, sentence):
+    model, ids = tiny_model("pre_up_slstm"), random_ids(3, 20)
+    cache = cache_after(model, ids)
+    with pytest.raises(error, match=sentence):
+        change(cache)
+    continues_as(model, cache, cache_after(model, ids), 20)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c.reorder_cache(torch.tensor([1, 0])),
+        lambda c: c.batch_repeat_interleave(2),
+        lambda c: c.batch_select_indices(torch.tensor([1])),
+        lambda c: c.reset(),
+    ],
+)
+def test_a_change_that_is_stopped_half_way_leaves_a_cache_that_is_refused(change, monkeypatch):
+    """The rows of one layer are then others than those of the next."""
+    model, ids = tiny_model(), random_ids(2, 9)
+    cache = cache_after(model, ids)
+
+    def fail(*_, **__):
+        raise KeyboardInterrupt
+
+    for name in ("reorder_cache", "batch_repeat_interleave", "batch_select_indices", "reset"):
+        monkeypatch.setattr(cache.layers[1], name, fail)
+    with pytest.raises(KeyboardInterrupt), torch.no_grad():
+        change(cache)
+    with pytest.raises(ValueError, match="must be of a text read to its end"):
+        cache.fork(1)
+    monkeypatch.undo()
+    cache.reset()
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    continues_as(model, cache, cache_after(model, ids), 9)
 
 
 def test_batch_operations_on_an_empty_cache_do_nothing():
@@ -469,6 +609,26 @@ def test_crop_counts_padding_as_tokens(kind):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", TWO_KINDS)
+def test_taking_tokens_back_leaves_no_gradients(kind):
+    model, ids = tiny_model(kind), random_ids(2, 14)
+    cache = XLSTMCache(model.config)
+    cache.activate_past_recording()
+    with torch.no_grad():
+        for part in ids.split(7, 1):
+            model(part, past_key_values=cache)
+    cache.crop(-2)
+    assert not any(tensor.requires_grad for tensor in states(cache).values())
+    assert_same_states(cache, cache_after(model, ids[:, :12]), 1e-5)
+
+
+def test_a_cache_of_a_single_layer_knows_whether_it_records():
+    cache = XLSTMCache(tiny_config(num_hidden_layers=1))
+    assert not cache.is_recording
+    cache.activate_past_recording()
+    assert cache.is_recording
+
+
 def test_crop_of_nothing_only_forgets_the_records():
     model, ids = tiny_model("pre_up_slstm"), random_ids(2, 20)
     cache = XLSTMCache(model.config)
@@ -559,7 +719,7 @@ def test_a_fork_passes_gradients_to_the_prompt():
     assert_near(*grads, 1e-4)
 
 
-@pytest.mark.parametrize("n", [0, -1, 2.0, None])
+@pytest.mark.parametrize("n", [0, -1, 2.0, None, True])
 def test_a_fork_is_of_at_least_one(n):
     with pytest.raises(ValueError, match=f"n must be an integer of at least 1, got {n}"):
         XLSTMCache(tiny_config()).fork(n)

@@ -20,6 +20,7 @@ OWN_FIELDS = {f.name for f in dataclasses.fields(XLSTMConfig)} - {f.name for f i
 # field: an impossible value, and what the message says of it
 IMPOSSIBLE = [
     ("vocab_size", 0, "vocab_size must be positive and finite, got 0"),
+    ("vocab_size", 2**63, "vocab_size must be less than 2 .. 63, got 9223372036854775808"),
     ("vocab_size", 99.5, "'vocab_size' expected int, got float"),
     ("hidden_size", -32, "hidden_size must be positive and finite, got -32"),
     ("hidden_size", 33, "hidden_size . v_dim_factor must be a multiple of num_heads = 2, got 33"),
@@ -39,6 +40,7 @@ IMPOSSIBLE = [
     ("mlstm_qkv_block_size", 0, "mlstm_qkv_block_size must be positive and finite, got 0"),
     ("conv_kernel_size", -1, "conv_kernel_size must be zero or positive and finite, got -1"),
     ("ffn_proj_factor", 0.0, "ffn_proj_factor must be positive and finite, got 0.0"),
+    ("ffn_proj_factor", 0.01, "hidden_size . ffn_proj_factor must be at least 1, got 0.32"),
     ("ffn_round_up_to_multiple_of", 0, "ffn_round_up_to_multiple_of must be positive and finite, got 0"),
     ("slstm_num_heads", 0, "slstm_num_heads must be positive and finite, got 0"),
     ("slstm_conv_kernel_size", -4, "slstm_conv_kernel_size must be zero or positive and finite, got -4"),
@@ -105,6 +107,20 @@ def test_a_value_assigned_later_is_checked_before_it_is_saved(tmp_path):
         config.save_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(("field", "value"), [("num_hidden_layers", 3), ("norm_type", "batch_norm")])
+def test_a_value_assigned_later_is_checked_before_a_model_is_built(field, value):
+    config = tiny_config()
+    setattr(config, field, value)
+    with pytest.raises(ValueError, match=f"must have {field} = 3|{field} must be one of"):
+        XLSTMForCausalLM(config)
+
+
+@pytest.mark.parametrize("config", [None, "xlstm-7b", {}])
+def test_a_model_is_built_from_a_configuration_only(config):
+    with pytest.raises(TypeError, match=f"config must be an XLSTMConfig, got {type(config).__name__}"):
+        XLSTMForCausalLM(config)
+
+
 def test_fields_given_as_a_number_take_an_integer_as_well():
     floats = (
         "qk_dim_factor",
@@ -147,17 +163,19 @@ def test_from_ratio_places_the_slstm_blocks_at_the_end_of_each_period():
     assert len(XLSTMConfig.from_ratio("7:1").block_types) == 32
 
 
-@pytest.mark.parametrize("ratio", ["7", "7:1:1", "0:0", "a:b", "-1:2", ""])
+@pytest.mark.parametrize("ratio", ["7", "7:1:1", "0:0", "a:b", "-1:2", "", None])
 def test_from_ratio_refuses_what_is_not_a_ratio(ratio):
     with pytest.raises(
-        ValueError, match=f"ratio must be of the form 'mLSTM:sLSTM' such as '7:1' or '1:0', got '{ratio}'"
+        ValueError, match=f"ratio must be of the form 'mLSTM:sLSTM' such as '7:1' or '1:0', got {ratio!r}"
     ):
         XLSTMConfig.from_ratio(ratio)
 
 
-def test_from_ratio_refuses_a_depth_that_is_not_whole_periods():
-    with pytest.raises(ValueError, match="num_hidden_layers must be a multiple of 8 for the ratio 7:1, got 12"):
-        XLSTMConfig.from_ratio("7:1", num_hidden_layers=12)
+@pytest.mark.parametrize("layers", [12, "8", 8.0])
+def test_from_ratio_refuses_a_depth_that_is_not_whole_periods(layers):
+    message = f"num_hidden_layers must be a multiple of 8 for the ratio 7:1, got {layers!r}"
+    with pytest.raises(ValueError, match=message):
+        XLSTMConfig.from_ratio("7:1", num_hidden_layers=layers)
 
 
 def test_presets_have_the_papers_blocks_and_take_overrides():
@@ -169,9 +187,9 @@ def test_presets_have_the_papers_blocks_and_take_overrides():
     assert XLSTMConfig.preset("xlstm-7b").to_dict() == XLSTMConfig().to_dict()
 
 
-@pytest.mark.parametrize("name", ["xlstm-7B", "xlstm-125m", "xlstm-125m-3:1", "xlstm-2b-1:0"])
+@pytest.mark.parametrize("name", ["xlstm-7B", "xlstm-125m", "xlstm-125m-3:1", "xlstm-2b-1:0", 7])
 def test_an_unknown_preset_is_refused_with_the_known_ones(name):
-    with pytest.raises(ValueError, match=f"preset must be one of xlstm-7b, xlstm-125m-1:0, .*, got '{name}'"):
+    with pytest.raises(ValueError, match=f"preset must be one of xlstm-7b, xlstm-125m-1:0, .*, got {name!r}"):
         XLSTMConfig.preset(name)
 
 
@@ -239,3 +257,21 @@ def test_a_broken_config_file_is_refused_by_field(tmp_path):
         StrictDataclassError, match="hidden_size . qk_dim_factor must be a multiple of num_heads = 5, got 16"
     ):
         XLSTMConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ({"vocab_size": 2**60}, "vocab_size"),
+        ({"ffn_round_up_to_multiple_of": 2**62}, "hidden_size * ffn_proj_factor, rounded up,"),
+        ({"mlstm_block": "pre_up", "conv_kernel_size": 2**60}, "conv_kernel_size"),
+        (
+            {"block_types": ["slstm"] * 2, "slstm_ffn_proj_factor": 1e17},
+            "hidden_size * slstm_ffn_proj_factor, rounded up,",
+        ),
+    ],
+)
+def test_a_matrix_whose_bytes_cannot_be_counted_is_refused(fields, what):
+    with pytest.raises(StrictDataclassError) as caught:
+        XLSTMConfig(hidden_size=32, num_heads=2, num_hidden_layers=2, **fields)
+    assert str(caught.value.__cause__).startswith(f"{what} must be at most 2 ** 28, got ")

@@ -86,10 +86,45 @@ INPUTS = {
         "labels must be int64, got torch.float32",
         {"input_ids": IDS, "labels": IDS.float()},
     ),
-    "labels of more positions than the logits": (
+    "labels that are truth values": (
+        TypeError,
+        "labels must be int64, got torch.bool",
+        {"input_ids": IDS, "labels": IDS > 5},
+    ),
+    "a mask of logits": (
+        TypeError,
+        r"logits_to_keep must be an integer or an int64 tensor of positions \[N\], got torch.bool",
+        {"input_ids": IDS, "logits_to_keep": torch.ones(20, dtype=torch.bool)},
+    ),
+    "a negative number of logits": (
         ValueError,
-        r"labels must have shape \(2, 3\) like the logits, got \(2, 20\)",
-        {"input_ids": IDS, "labels": IDS, "logits_to_keep": 3},
+        "logits_to_keep must be at least 0, got -1",
+        {"input_ids": IDS, "logits_to_keep": -1},
+    ),
+    "a list of positions of logits": (
+        TypeError,
+        r"logits_to_keep must be an integer or an int64 tensor of positions \[N\], got list",
+        {"input_ids": IDS, "logits_to_keep": [3]},
+    ),
+    "positions of logits between tokens": (
+        TypeError,
+        r"logits_to_keep must be an integer or .*, got torch.float32",
+        {"input_ids": IDS, "logits_to_keep": torch.tensor([0.5])},
+    ),
+    "positions of logits with two axes": (
+        ValueError,
+        r"logits_to_keep must be an integer or have shape \[N\], got \(1, 1\)",
+        {"input_ids": IDS, "logits_to_keep": torch.tensor([[3]])},
+    ),
+    "a position of logits after the last": (
+        IndexError,
+        "logits_to_keep must hold positions of 20 tokens, got 20",
+        {"input_ids": IDS, "logits_to_keep": torch.tensor([19, 20])},
+    ),
+    "a position of logits before the first": (
+        IndexError,
+        "logits_to_keep must hold positions of 20 tokens, got -21",
+        {"input_ids": IDS, "logits_to_keep": torch.tensor([-20, -21], dtype=torch.int32)},
     ),
     "empty embeds": (
         ValueError,
@@ -156,6 +191,11 @@ INPUTS = {
         r"must rise from 0 .*, got \[3, 20\]",
         {"input_ids": ONE, "cu_seq_lens_q": torch.tensor([3, 20])},
     ),
+    "boundaries beyond the range of int32": (
+        ValueError,
+        r"must rise from 0 .*, got \[0, 4294967316\]",
+        {"input_ids": ONE, "cu_seq_lens_q": torch.tensor([0, 2**32 + 20])},
+    ),
     "boundaries that fall": (
         ValueError,
         r"must rise from 0 .*, got \[0, 15, 5, 20\]",
@@ -190,6 +230,11 @@ INPUTS = {
         ValueError,
         r"position_ids must have shape \[1, 20\], got \(20,\)",
         {"input_ids": ONE, "position_ids": torch.arange(20)},
+    ),
+    "numbers of sequences between integers": (
+        TypeError,
+        "seq_idx must be int64 or int32, got torch.float32",
+        {"input_ids": ONE, "seq_idx": torch.zeros(1, 20)},
     ),
     "positions of another length": (
         ValueError,
@@ -239,6 +284,11 @@ def test_a_layer_refuses_the_state_of_another_kind():
         mlstm(x, slstm(x)[1])
     with pytest.raises(ValueError, match="state must be an SLSTMState of h, c, n and m, got 3 tensors"):
         slstm(x, mlstm(x)[1])
+    convolved = SLSTMLayer(tiny_config("slstm", slstm_conv_kernel_size=4))
+    with pytest.raises(ValueError, match=r"state\.conv must be None, got one: the state is of another model"):
+        slstm(x, convolved(x)[1])
+    with pytest.raises(ValueError, match=r"state\.conv must be that of the layer's convolution, got None"):
+        convolved(x, slstm(x)[1])
 
 
 @pytest.mark.parametrize("kind", ["post_up", "pre_up", "slstm"])
@@ -437,6 +487,44 @@ def test_boundaries_are_checked_once_for_all_layers_and_again_once_they_change(n
         bounds[1] = 13
         with pytest.raises(ValueError, match="must rise from 0 to the number of tokens, 12, got"):
             model(torch.randint(2, 90, (1, 12)), **packing)
+
+
+def test_boundaries_are_checked_once_by_layers_alone_and_whenever_their_version_is_not_known(monkeypatch):
+    layer, checked = tiny_model("pre_up_slstm").model.layers[0].mixer, []
+    monkeypatch.setattr(checks, "pairwise", lambda bounds: checked.append(bounds) or pairwise(bounds))
+    x, bounds = torch.randn(1, 12, 32), torch.tensor([0, 7, 12], dtype=torch.int32)
+    expected, _ = layer(x, cu_seqlens=bounds)
+    layer(x, cu_seqlens=bounds)
+    assert len(checked) == 1
+    with pytest.raises(ValueError, match="must rise from 0 to the number of tokens, 11, got"):
+        layer(x[:, 1:], cu_seqlens=bounds)
+    with torch.inference_mode():
+        bounds = bounds.clone()
+        assert torch.equal(layer(x, cu_seqlens=bounds)[0], expected)
+        bounds[1] = 13
+        with pytest.raises(ValueError, match="must rise from 0 to the number of tokens, 12, got"):
+            layer(x, cu_seqlens=bounds)
+
+
+def test_packed_texts_may_be_read_in_inference_mode():
+    model, ids = tiny_model("pre_up_slstm"), random_ids(1, 12)
+    expected = model(ids, cu_seq_lens_q=torch.tensor([0, 7, 12], dtype=torch.int32)).logits
+    with torch.inference_mode():
+        for dtype in (torch.int32, torch.int64):
+            actual = model(ids, cu_seq_lens_q=torch.tensor([0, 7, 12], dtype=dtype)).logits
+            assert torch.equal(actual, expected)
+
+
+def test_boundaries_become_int32():
+    assert checks.as_int32(torch.tensor([0, 7, 12]), 12).dtype == torch.int32
+
+
+@pytest.mark.parametrize("dtype", checks.FLOATS, ids=str)
+def test_a_single_number_that_is_not_finite_is_seen(dtype):
+    x = torch.randn(3, 40).to(dtype)
+    assert checks.is_finite(x)
+    for value in ("nan", "inf", "-inf"):
+        assert not checks.is_finite(x.index_fill(1, torch.tensor([17]), float(value))), value
 
 
 def _positions(bounds):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import KINDS, TWO_KINDS, VOCAB, assert_near, random_ids, tiny_config, tiny_model
+import transformers.modeling_utils
+from models import KINDS, TWO_KINDS, VOCAB, assert_near, random_ids, randomise, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -64,6 +65,52 @@ def test_a_sharded_model_loads_exactly(kind, tmp_path):
 
 # Some versions of Transformers take the device of weights on disk for that of the computation.
 @pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")
+def test_a_file_from_before_is_not_read_in_place_of_new_shards(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    model = randomise(tiny_model(), 1)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    loaded = XLSTMForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], x) for name, x in model.state_dict().items())
+
+
+@pytest.mark.parametrize("original", [False, True])
+def test_a_model_that_is_half_saved_over_another_is_not_a_mixture_of_both(original, tmp_path, monkeypatch):
+    options = {"max_shard_size": "20KB", "save_original_format": original}
+    randomise(tiny_model(), 1).save_pretrained(tmp_path, **options)
+    save, left = transformers.modeling_utils.safe_save_file, [1]
+
+    def stop(*args, **kwargs):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", stop)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_model().save_pretrained(tmp_path, **options)
+    with pytest.raises(OSError, match="model.safetensors"):
+        XLSTMForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_weight_of_another_shape_is_refused_before_all_others_take_memory(tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    del fields["vocab_size"]
+    path.write_text(json.dumps(fields))
+    monkeypatch.setattr(XLSTMForCausalLM, "_finalize_model_loading", None)  # which makes the missing ones
+    with pytest.raises(ValueError, match=r"must have shape \(50304, 32\) by the configuration, got \(99, 32\)\.$"):
+        XLSTMForCausalLM.from_pretrained(tmp_path)
+
+
+def test_weights_that_are_cut_off_are_refused_by_their_file(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"The weights in \S+model.safetensors cannot be read: "):
+        XLSTMForCausalLM.from_pretrained(tmp_path)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", TWO_KINDS)
 def test_a_model_offloaded_to_disk_computes_exactly(kind, tmp_path):

@@ -25,6 +25,7 @@ from cases import (
     stepwise,
 )
 from numerics import assert_each, assert_exact, assert_matches
+from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_xlstm import mlstm_torch
 from modeling_xlstm.mlstm import MLSTMState, mlstm_chunkwise, mlstm_step
@@ -167,6 +168,44 @@ def test_chunkwise_is_recurrent_for_extreme_gates(regime, input_gate, eps):
         assert_each(assert_exact, actual, expected)
 
 
+@pytest.mark.parametrize("eps", [0.0, 1e-2])
+@pytest.mark.parametrize("shift", [-100, 100])
+def test_chunkwise_is_recurrent_where_the_stabiliser_is_beyond_the_bounds_of_the_floor(shift, eps):
+    x = mlstm_inputs(2, 33, regime="huge")
+    x["igate"] += shift - 40
+    x["m"] += shift
+    actual = outputs_and_grads(partial(chunkwise, chunk_size=16, eps=eps), x)
+    assert_each(assert_exact, actual, outputs_and_grads(partial(recurrent, eps=eps), x))
+
+
+@pytest.mark.parametrize("op", [recurrent, partial(chunkwise, chunk_size=4), stepwise(step)])
+@pytest.mark.parametrize("name, value", [("igate", math.nan), ("igate", math.inf), ("fgate", math.nan)])
+def test_what_a_gate_that_is_no_number_reaches_is_no_number_either(name, value, op):
+    x = mlstm_inputs(2, 9)
+    x[name][0, 4, 1] = value
+    h, state = op(x)
+    expected, _ = op(mlstm_inputs(2, 9))
+    assert h[0, 4:, 1].isnan().all() and not state.m[0, 1].isfinite()
+    assert state.C[0, 1].isnan().all() and state.n[0, 1].isnan().all()
+    h[0, 4:, 1] = expected[0, 4:, 1]
+    assert_exact(h, expected)
+
+
+@pytest.mark.parametrize("op", [partial(chunkwise, chunk_size=16), step], ids=["chunkwise", "step"])
+@pytest.mark.parametrize("input_gate", INPUT_GATES)
+def test_a_soft_cap_bounds_both_gates_before_all_else(input_gate, op):
+    def by_hand(x):
+        gates = {name: 3 * torch.tanh(x[name] / 3) for name in ("igate", "fgate")}
+        return run(x | gates, input_gate=input_gate)
+
+    def run(x, **options):
+        return stepwise(partial(op, **options))(x) if op is step else op(x, **options)
+
+    x = mlstm_inputs(2, 19, regime="wild")
+    actual = outputs_and_grads(partial(run, input_gate=input_gate, gate_soft_cap=3.0), x)
+    assert_each(assert_exact, actual, outputs_and_grads(by_hand, x))
+
+
 @pytest.mark.parametrize("B, T, H, K, V", [(1, 1, 1, 1, 1), (3, 5, 1, 1, 7), (1, 33, 5, 7, 1), (3, 19, 2, 9, 32)])
 def test_chunkwise_is_recurrent_for_odd_shapes(B, T, H, K, V):
     x = mlstm_inputs(B, T, H, K, V)
@@ -217,7 +256,9 @@ def test_padded_sequences_are_separate_sequences(side, input_gate):
 def test_padded_positions_get_no_gradient_and_read_the_held_state(side):
     mask = padding_mask(side)
     x = mlstm_inputs(*mask.shape)
-    assert_exact(chunkwise(x, mask=mask)[0], recurrent(x, mask=mask)[0])
+    h, _ = chunkwise(x, mask=mask)
+    assert_exact(h, recurrent(x, mask=mask)[0])
+    assert not h[~mask].any()
     grads = outputs_and_grads(lambda x: (lambda h, state: (h[mask], state))(*chunkwise(x, mask=mask)), x)
     for name in MLSTM_TOKENS:
         assert (grads[f"gradient of {name}"][~mask] == 0).all(), name
@@ -328,6 +369,40 @@ def test_expanded_gradients_and_inputs_are_fine():
     assert_exact(expanded, dense)
 
 
+@pytest.mark.parametrize("input_gate", INPUT_GATES)
+def test_incoming_gradients_need_not_be_contiguous(input_gate):
+    leaves = {name: t.requires_grad_() for name, t in mlstm_inputs(2, 19).items()}
+    h, state = chunkwise(leaves, input_gate=input_gate, chunk_size=8)
+    outputs = (h, *state)
+    incoming = [torch.randn_like(t) for t in outputs]
+    reversed_axes = [t.permute(*range(t.dim())[::-1]).contiguous().permute(*range(t.dim())[::-1]) for t in incoming]
+    options = {"retain_graph": True, "materialize_grads": True}
+    actual, expected = (
+        torch.autograd.grad(outputs, list(leaves.values()), x, **options) for x in (reversed_axes, incoming)
+    )
+    for name, a, b in zip(leaves, actual, expected, strict=True):
+        assert_exact(a, b, name)
+
+
+def products(op, *inputs):
+    """How many numbers `op`, as it is behind its door, multiplies."""
+    with FlopCounterMode(display=False) as counter:
+        op.__wrapped__(*inputs)
+    return counter.get_total_flops()
+
+
+def test_the_work_of_chunks_grows_with_the_length_and_not_with_its_square():
+    def work(T, bounds=None):
+        x = mlstm_inputs(1, T, rows=None if bounds is None else len(bounds) - 1)
+        cu_seqlens = None if bounds is None else torch.tensor(bounds)
+        return products(mlstm_torch.mlstm_chunkwise, *x.values(), cu_seqlens, "exp", 16, 1e-6)
+
+    assert work(160) == 10 * work(16)
+    assert work(4) < work(16) / 4
+    assert work(64, [0, 32, 64]) == work(64)
+    assert work(64, [0, 1, 1, 64]) == work(80)
+
+
 @pytest.mark.parametrize("B, T, H", [(1, 1, 1), (2, 16, 1), (2, 1, 3), (1, 5, 3), (2, 19, 3)])
 def test_nothing_is_modified_in_place(B, T, H):
     x = mlstm_inputs(B, T, H)
@@ -384,6 +459,9 @@ BAD = {
     "igate with an axis more": (lambda x: {"igate": x["igate"][..., None]}, ValueError, r"shape .* got .* 3, 1\)"),
     "fgate is bool": (lambda x: {"fgate": x["fgate"] > 0}, TypeError, "fgate must be one of .* got torch.bool"),
     "input_gate unknown": (lambda x: {"input_gate": "tanh"}, ValueError, "must be 'exp' or 'sigmoid', got 'tanh'"),
+    "soft cap of zero": (lambda x: {"gate_soft_cap": 0}, ValueError, "must be finite and more than 0, or None, got 0"),
+    "soft cap infinite": (lambda x: {"gate_soft_cap": math.inf}, ValueError, "must be finite and .*, got inf"),
+    "eps infinite": (lambda x: {"eps": math.inf}, ValueError, "eps must be finite and not negative, got inf"),
     "eps not a number": (lambda x: {"eps": math.nan}, ValueError, "eps must be finite and not negative, got nan"),
     "eps negative": (lambda x: {"eps": -1e-6}, ValueError, "eps must be finite and not negative, got -1e-06"),
     "backend unknown": (lambda x: {"backend": "cuda"}, ValueError, "backend must be one of auto, .* got 'cuda'"),

@@ -339,6 +339,42 @@ def test_packed_sequences_may_each_start_from_a_state(name):
         assert_near(final.tensors()[key], tensor, 1e-12)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["plain", "padded", "packed", "a token"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_convolution_has_a_state_of_its_own_memory_in_float32(how, dtype):
+    conv = MLSTMPreUpLayer(tiny_config("pre_up")).conv.to(dtype)
+    options = {
+        "padded": {"mask": torch.rand(1, 20) > 0.3},
+        "packed": {"cu_seqlens": torch.tensor([0, 20], dtype=torch.int32)},
+    }
+    x, before = torch.randn(1, 1 if how == "a token" else 20, 64), torch.randn(1, 3, 64)
+    y, state = conv(x.to(dtype), before, **options.get(how, {}))
+    assert y.dtype == dtype and state.dtype == torch.float32
+    assert state.untyped_storage().nbytes() == state.numel() * 4
+    expected_y, expected_state = conv.float()(x, before, **options.get(how, {}))
+    bound = 1e-6 if dtype == torch.float32 else 0.02
+    assert_near(y.float(), expected_y, bound)
+    assert_near(state, expected_state, bound)
+
+
+@torch.no_grad()
+def test_autocast_does_not_reach_into_a_step_that_overwrites_the_state():
+    layer = randomise(MIXERS["MLSTMLayer"]())
+    _, before = layer(torch.randn(2, 5, 32))
+    qkvo, gates = torch.randn(2, 1, sum(layer.splits)), layer.gate_proj(torch.randn(2, 1, 32))
+
+    def step():
+        state = before.map(torch.clone).cell
+        y, after = layer.heads(qkvo, gates, state, in_place=True)
+        assert after is state
+        return y, *state
+
+    expected = step()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, step(), expected))
+
+
 def test_calling_a_layer_leaves_its_state_argument_unchanged():
     for make in MIXERS.values():
         layer = randomise(make())
@@ -528,6 +564,15 @@ def test_packed_sequences_compile_to_one_graph(kind):
     bounds = torch.tensor([0, 11, 30], dtype=torch.int32)
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     assert_near(compiled(ids, cu_seq_lens_q=bounds).logits, model(ids, cu_seq_lens_q=bounds).logits)
+    assert len(backend.graphs) == 1
+
+
+@torch.no_grad()
+def test_logits_of_some_positions_compile_to_one_graph():
+    backend = CountingBackend()
+    model, ids = tiny_model("post_up"), random_ids(1, 30)
+    compiled, at = torch.compile(model, fullgraph=True, backend=backend), torch.tensor([3, 29])
+    assert_near(compiled(ids, logits_to_keep=at).logits, model(ids, logits_to_keep=at).logits)
     assert len(backend.graphs) == 1
 
 

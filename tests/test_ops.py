@@ -58,6 +58,23 @@ def test_autocast_does_not_reach_into_the_op(cell, steps):
         assert torch.equal(actual[name], expected[name]), name
 
 
+def test_autocast_does_not_reach_into_the_gradients(cell):
+    x = rounded(cell.inputs(2, 33), torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = outputs_and_grads(cell.whole, x)
+    for name, expected in outputs_and_grads(cell.whole, x).items():
+        assert torch.equal(actual[name], expected), name
+
+
+def test_boundaries_may_be_made_in_inference_mode(cell):
+    x = cell.inputs(1, sum(PACKED), rows=len(PACKED))
+    h, state = packed(cell.whole)(x)
+    with torch.inference_mode():
+        h_inference, state_inference = packed(cell.whole)(x)
+    for actual, expected in zip((h_inference, *state_inference), (h, *state), strict=True):
+        assert_exact(actual, expected)
+
+
 @pytest.mark.parametrize("layout", ["sparse", "reversed"])
 def test_inputs_need_not_be_contiguous(cell, layout):
     x = cell.inputs(2, 33)

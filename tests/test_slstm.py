@@ -24,7 +24,7 @@ from cases import (
 )
 from numerics import assert_each, assert_exact, assert_matches
 
-from modeling_xlstm import slstm_torch
+from modeling_xlstm import slstm, slstm_torch
 from modeling_xlstm.slstm import SLSTMState, slstm_scan, slstm_step
 
 
@@ -285,6 +285,36 @@ def test_expanded_gradients_and_inputs_are_fine():
     assert_exact(expanded, dense)
 
 
+def test_incoming_gradients_need_not_be_contiguous():
+    leaves = {name: t.requires_grad_() for name, t in slstm_inputs(2, 19).items()}
+    h, state = scan(leaves)
+    outputs = (h, *state)
+    incoming = [torch.randn_like(t) for t in outputs]
+    reversed_axes = [t.permute(*range(t.dim())[::-1]).contiguous().permute(*range(t.dim())[::-1]) for t in incoming]
+    actual, expected = (
+        torch.autograd.grad(outputs, list(leaves.values()), x, retain_graph=True) for x in (reversed_axes, incoming)
+    )
+    for name, a, b in zip(leaves, actual, expected, strict=True):
+        assert_exact(a, b, name)
+
+
+def test_activations_are_kept_only_where_there_is_something_to_differentiate(monkeypatch):
+    kept = []
+
+    def spy(*args):
+        kept.append(args[-1])
+        return slstm_torch.slstm_scan(*args)
+
+    monkeypatch.setattr(slstm, "slstm_scan_torch", spy)
+    x = slstm_inputs(2, 5)
+    scan(x)
+    for name in x:
+        scan(x | {name: x[name].clone().requires_grad_()})
+    with torch.no_grad():
+        scan({name: t.clone().requires_grad_() for name, t in x.items()})
+    assert kept == [False, *[True] * len(x), False]
+
+
 @pytest.mark.parametrize("needs_grad", [False, True])
 @pytest.mark.parametrize("B, T, H", [(1, 1, 1), (1, 9, 1), (1, 9, 3), (2, 1, 1), (2, 9, 3)])
 def test_nothing_is_modified_in_place(B, T, H, needs_grad):
@@ -326,6 +356,16 @@ def test_the_op_keeps_the_promises_of_a_custom_op(B, T, H, how, keep):
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int() if how == "packed" else None
     tensors = [t.requires_grad_(keep) for t in x.values()]
     torch.library.opcheck(torch.ops.modeling_xlstm.slstm_scan, (*tensors, mask, cu_seqlens, keep))
+
+
+def test_gradients_have_the_dtypes_that_their_op_promises():
+    x = slstm_inputs(2, 9, 3, 3)
+    gates, R, *state = (x | {"R": x["R"].bfloat16()}).values()
+    h, *last, pre, after = slstm_torch.slstm_scan(gates, R, *state, None, None, True)
+    _, c, n, _ = last
+    incoming = [torch.randn_like(t) for t in (h, *last)]
+    inputs = (*incoming, pre, after, c, n, R, *state, None, None)
+    torch.library.opcheck(torch.ops.modeling_xlstm.slstm_scan_backward, inputs, test_utils="test_faketensor")
 
 
 # bad input

@@ -141,6 +141,15 @@ def test_what_is_resumed_goes_on_as_if_nothing_had_been(kind, accumulation, tmp_
             assert torch.equal(actual, expected), name
 
 
+def test_a_training_that_was_at_its_end_does_not_go_on(tmp_path):
+    model, other = tiny_model(), tiny_model()
+    trainer(model, tmp_path, max_steps=4, save_steps=4)[0].train()
+    resumed, losses = trainer(other, tmp_path, max_steps=4, save_steps=4)
+    resumed.train(resume_from_checkpoint=True)
+    assert not losses
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
 KILLED = """
 import os, signal, sys
 from models import tiny_model
