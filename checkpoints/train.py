@@ -26,11 +26,12 @@ import torch.nn.functional as F
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from prepare_data import FILES
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import AutoTokenizer, EvalPrediction, GenerationConfig, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, set_seed
 
 import modeling_xlstm
 from modeling_xlstm import XLSTMConfig, XLSTMForCausalLM, count_parameters
@@ -193,8 +194,17 @@ def plan(args: argparse.Namespace, data: dict, config: XLSTMConfig) -> dict:
             sys.exit(f"error: --max-minutes must leave time for {least}, got {args.max_minutes}.")
         print(f"{seconds:.3f} s a step: {args.steps} steps fit into {args.max_minutes} minutes")
     settings |= {"steps": args.steps, "seconds": 0.0}
-    path.write_text(json.dumps(settings))
+    for earlier in args.run.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):  # with which --resume would go on
+        shutil.rmtree(earlier)
+    write_plan(path, settings)
     return settings
+
+
+def write_plan(path: Path, settings: dict) -> None:
+    """In full or not at all: without it, nothing can be resumed."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(settings))
+    os.replace(partial, path)
 
 
 def write_curve(path: Path, log: list[dict], tokens_per_step: int) -> list[dict]:
@@ -351,7 +361,7 @@ def main() -> None:
     start = time.monotonic()
     trainer.train(resume_from_checkpoint=last_checkpoint(args.run) if args.resume else None)
     settings["seconds"] += time.monotonic() - start
-    (args.run / "plan.json").write_text(json.dumps(settings))
+    write_plan(args.run / "plan.json", settings)
 
     model.config.use_cache = True  # the Trainer switches it off
     model.save_pretrained(args.run / "float32")
@@ -379,5 +389,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:  # what the run has saved stays, for --resume
         sys.exit(130)
-    except (RuntimeError, FloatingPointError, MemoryError, OSError) as error:
-        sys.exit(f"error: The training failed: {error}")
+    except (RuntimeError, FloatingPointError, MemoryError, OSError, SafetensorError) as error:
+        sys.exit(f"error: The training failed: {reason(error)}")

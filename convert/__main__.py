@@ -9,8 +9,10 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub import get_session, set_client_factory
 from transformers.utils import logging
 
 from modeling_xlstm.__main__ import Parser
@@ -33,6 +35,7 @@ with the Hub:
   python -m convert NX-AI/xLSTM-7b xlstm-7b --dtype bfloat16
   python -m convert run-17 published --config run-17/model.yaml --push-to-hub me/my-xlstm
 """
+PATIENCE = 120.0  # seconds that the Hub may be silent in the middle of a request
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -111,10 +114,28 @@ def run(args: argparse.Namespace) -> None:
         print(f"pushed to {push(destination, args.push_to_hub, args.private)}")
 
 
+def make_impatient() -> None:
+    """The client that talks to the Hub waits without end: has one in its place that waits for `PATIENCE`."""
+    client = get_session()
+    hooks = client.event_hooks
+    if limit_patience not in hooks["request"]:
+        hooks = {**hooks, "request": [*hooks["request"], limit_patience]}
+        # by a factory, as a client is made anew where a connection failed
+        same: dict[str, Any] = {"follow_redirects": client.follow_redirects, "timeout": client.timeout}
+        set_client_factory(lambda: type(client)(event_hooks=hooks, **same))
+
+
+def limit_patience(request: Any) -> None:
+    """Bounds what a request may be waited for, where that is not bounded yet: most requests say `timeout=None`."""
+    bounds = request.extensions["timeout"]
+    request.extensions["timeout"] = {what: PATIENCE if bound is None else bound for what, bound in bounds.items()}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Converts and returns the exit code: 0, or 1 with one sentence on standard error."""
     args = build_parser().parse_args(argv)
     logging.set_verbosity_error()
+    make_impatient()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # those of the Hub too
     try:

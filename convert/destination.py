@@ -54,7 +54,8 @@ def new_folder(destination: Path) -> Iterator[Path]:
             check_new(destination)  # filled meanwhile
         raise
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # it has become the destination, for one
+            remove(folder)
 
 
 def check_new(destination: Path) -> None:
@@ -72,14 +73,19 @@ def remove_abandoned(folder: Path, destination: Path) -> None:
         return
     try:
         with FileLock(folder / LOCK, timeout=0):
-            for path in folder.iterdir():
-                if path.is_dir():
-                    shutil.rmtree(path)
-                elif path.name != LOCK:  # which tells that the rest may go, until the end
-                    path.unlink()
-            shutil.rmtree(folder)
+            remove(folder)
     except Timeout:
         raise ConversionError(f"Another conversion to {destination} is running; wait for its end.") from None
+
+
+def remove(folder: Path) -> None:
+    """Deletes a folder, and its lock last, which until then tells the next conversion that the rest may go."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+    shutil.rmtree(folder)
 
 
 def sync(folder: Path) -> None:

@@ -35,7 +35,9 @@ class ConversionError(Exception):
 
 
 def one_line(error: BaseException) -> str:
-    """The message of another's error, whose lines are put in one; of one about a configuration, of its cause."""
+    """The message of another's error, whose lines are put in one; of one about a configuration, of its cause. What is
+    in a file may be of any length: the first thousand characters.
+    """
     if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
         error = error.__cause__
-    return " ".join(str(error).split()) or type(error).__name__
+    return f"{' '.join(str(error).split()):.1000}" or type(error).__name__

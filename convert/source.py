@@ -90,6 +90,8 @@ def open_source(source: str, config: str | None = None) -> Source:
     fields = read_config(find_config(folder, config))
     if "quantization_config" in fields:
         raise ConversionError("The weights must not be quantised, got a configuration with quantization_config.")
+    if "transformers_weights" in fields:
+        raise ConversionError("The weights must have the usual names, got a configuration with transformers_weights.")
     weights, meta = read_weights(folder)
     try:
         fmt = detect({name: weight.shape for name, weight in meta.items()})
@@ -141,7 +143,14 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML of plain values, in which 1e-6 is a number as in JSON."""
+    """YAML of plain values, in which 1e-6 is a number as in JSON, and each is written out: a few lines of aliases of
+    aliases can stand for more values than memory holds.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError(f"it must hold no aliases, got *{self.peek_event().anchor}.")
+        return super().compose_node(parent, index)
 
 
 _PlainLoader.add_implicit_resolver(
@@ -212,7 +221,7 @@ def read_indexed(folder: Path, index: str) -> tuple[Mapping[str, Tensor], dict[s
         raise ConversionError(f"{index} must hold a weight_map of weights to files, got {type(weight_map).__name__}.")
     for file in set(map(str, weight_map.values())):
         if Path(file).name != file or not file.endswith((".safetensors", *STATE_DICTS)):
-            raise ConversionError(f"The files in {index} must be names of files beside it, got {file!r}.")
+            raise ConversionError(f"The files in {index} must be names of files beside it, got {file!r:.200}.")
         if not (folder / file).is_file():
             raise ConversionError(f"{index} names the file {file}, which is not in {folder}.")
     files = sorted(set(weight_map.values()))

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import shutil
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,7 +16,8 @@ import yaml
 
 
 TOKEN = "hf_dummy"
-NO_ANSWER = 0  # a fault: the connection ends
+# Faults: the connection ends; nothing comes, but it does not end; it ends with half of the answer. And none.
+NO_ANSWER, STALLED, HALF, FINE = 0, -1, -2, 200
 
 
 class HubError(Exception):
@@ -41,7 +43,7 @@ class Hub(ThreadingHTTPServer):
     """Serves, while it is entered, the models below `folder`: each is the folder `owner/name`, and may be edited there.
 
     `requests` ("METHOD /path?query") and `validated` (the YAML of model cards) are what has come. `faults` are to come:
-    for a text, the statuses (or NO_ANSWER) that the next requests with this text in them get, each for one of them.
+    for a text, the statuses (or other faults) that the next requests with this text in them get, each for one of them.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -52,7 +54,7 @@ class Hub(ThreadingHTTPServer):
         self.faults: dict[str, list[int]] = {}
         self.blobs: dict[str, bytes] = {}  # what has come by LFS
         self.history: dict[tuple[str, str], dict[str, bytes]] = {}  # of a model and a commit: its files
-        self.closed = False
+        self.closed, self.ending = False, threading.Event()
 
     def __enter__(self) -> "Hub":
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
@@ -60,8 +62,14 @@ class Hub(ThreadingHTTPServer):
 
     def __exit__(self, *_: object) -> None:
         self.closed = True  # also to connections that are kept alive
+        self.ending.set()
         self.shutdown()
         self.server_close()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients may be killed while they are answered."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
     def environment(self, cache: Path) -> dict[str, str]:
         """What a process needs on top of its environment to see this Hub, and no cache but `cache`."""
@@ -144,12 +152,14 @@ class Handler(BaseHTTPRequestHandler):
         with hub.lock:
             hub.requests.append(request)
             fault = next((left.pop(0) for text, left in hub.faults.items() if left and text in request), None)
-        if fault == NO_ANSWER or hub.closed or len(self.body) < size:
+        if fault == STALLED:
+            hub.ending.wait()
+        if fault in (NO_ANSWER, STALLED) or hub.closed or len(self.body) < size:
             self.close_connection = True
             return
         self.status, self.extra = 200, {"Content-Type": "application/json"}
         try:
-            if fault is not None:
+            if fault not in (None, FINE, HALF):
                 raise HubError(fault, "A fault that the test wants")
             answer = self.route(url.query, [self.command, *map(unquote, url.path[1:].split("/"))])
         except (HubError, KeyError, ValueError) as error:
@@ -157,12 +167,17 @@ class Handler(BaseHTTPRequestHandler):
             self.extra |= {"X-Error-Message": json.dumps(message)[1:-1], "X-Error-Code": "".join(code)}
             answer = {"error": message}
         body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if asked and self.status == 200:  # what a client lacks that was cut off
+            self.status, self.extra["Content-Range"] = 206, f"bytes {asked[1]}-{len(body) - 1}/{len(body)}"
+            body = body[int(asked[1]) :]
         self.send_response(self.status)
         for name, value in {**self.extra, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            self.wfile.write(body[: len(body) // 2] if fault == HALF else body)
+        self.close_connection |= fault == HALF
 
     do_GET = do_HEAD = do_POST = do_PUT = answer  # noqa: N815
 

@@ -238,6 +238,10 @@ INDEX_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: redirect(f, {"a": 1}),
         f"The files in {INDEX} must be names of files beside it, got \"{{'a': 1}}\".",
     ),
+    "an index with a long name": (
+        lambda f: redirect(f, "x" * 5000),
+        f"The files in {INDEX} must be names of files beside it, got '{'x' * 199}.",
+    ),
     "an index with a weight too many": (
         lambda f: edit_json(f / INDEX, weight_map={**weight_map(f), "x": SHARD}),
         f"{INDEX} and its files must hold the same weights, got x in the index only.",
@@ -283,6 +287,14 @@ def test_every_weight_left_over_on_either_side_is_printed(checkpoint, tmp_path, 
         f"missing in the source: {LM_HEAD}"
     ]
     assert len([line for line in lines if line.startswith("left over in the source: more.")]) == 20
+
+
+def test_a_name_of_any_length_is_a_line(checkpoint, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    edit_weights(folder, lambda x: x.update({"x" * 5000: torch.zeros(1)}))
+    assert main([str(folder), str(tmp_path / "to")]) == 1
+    assert max(map(len, capsys.readouterr().err.splitlines())) < 500
 
 
 class Hostile:
@@ -468,6 +480,23 @@ def test_a_conversion_that_is_interrupted_cleans_up(shards, tmp_path):
     done = python(KILLED, 2, signal.SIGINT.value, *argv)
     assert done.returncode == 130 and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_the_lock_of_what_is_cleaned_up_goes_last(checkpoint, tmp_path, monkeypatch):
+    """Without it the next conversion would not know that the rest may go."""
+    removed, unlink = [], os.unlink
+
+    def note(path, **options):
+        removed.append(os.path.basename(path))
+        unlink(path, **options)
+
+    def fail(folder):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "unlink", note)
+    monkeypatch.setattr(convert.destination, "sync", fail)
+    assert main([str(checkpoint), str(tmp_path / "to")]) == 1
+    assert removed[-1] == LOCK and {WEIGHTS, "config.json"} <= set(removed)
 
 
 def test_a_conversion_waits_for_nobody_and_takes_nothing_from_another(refused, checkpoint, tmp_path):

@@ -7,14 +7,17 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Iterator
 from configparser import ConfigParser
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
@@ -25,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.dynamic_module_utils import get_imports
 
 import modeling_xlstm
-from convert.__main__ import main
+from convert.__main__ import main, make_impatient
 from convert.remote_code import code_files
 from modeling_xlstm import XLSTMForCausalLM
 
@@ -475,6 +478,22 @@ def test_a_hub_that_fails_is_a_sentence_and_keeps_what_it_had(repo, failed, hub,
     assert_complete(place(folder, repo), sources["post_up"])
     assert hub.files(repo) == BEFORE
     assert "pushed to" not in ends[repo].out
+
+
+def test_a_hub_that_says_nothing_is_not_waited_for_without_end(monkeypatch):
+    """Though it was asked to be, and also by the client that follows one which was closed."""
+    monkeypatch.setattr("convert.__main__.PATIENCE", 0.1)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    make_impatient()
+    with socket.create_server(("127.0.0.1", 0)) as hub:
+        end = threading.Timer(20, hub.close)  # who waits then is told that the connection is no more
+        end.daemon = True
+        end.start()
+        for _ in range(2):
+            with pytest.raises(Exception, match="timed out"):
+                huggingface_hub.get_session().get(f"http://127.0.0.1:{hub.getsockname()[1]}", timeout=None)
+            assert set(huggingface_hub.get_session().timeout.as_dict().values()) == {None}  # no shorter one
+            huggingface_hub.close_session()
 
 
 @pytest.mark.parametrize("repo", ILLEGAL)

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+
+from modeling_xlstm import XLSTMForCausalLM
 
 
 ROOT = Path(__file__).parents[1]
@@ -141,6 +145,45 @@ def test_a_training_that_fails_ends_with_a_sentence(train, tmp_path):
     run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert run.returncode == 1 and "Traceback" not in run.stderr
     assert run.stderr.splitlines()[-1].startswith("error: The training failed: [Errno 21] Is a directory: ")
+
+
+@pytest.mark.parametrize("error", [SafetensorError("I/O error"), RuntimeError("no memory\non GPU 0")])
+def test_what_fails_while_a_model_is_saved_is_a_sentence(error, train, monkeypatch):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(XLSTMForCausalLM, "save_pretrained", fail)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", "data", "--out", "out", *TOY, *STACK, "--steps", "1"])
+    with pytest.raises(SystemExit, match="^error: The training failed: (I/O error|no memory)$"):
+        runpy.run_path(str(CHECKPOINTS / "train.py"), run_name="__main__")
+
+
+def test_a_run_that_is_stopped_leaves_nothing_of_an_earlier_one_to_go_on_with(train, monkeypatch):
+    def stop(*args, **options):
+        raise KeyboardInterrupt
+
+    Path("runs/out/checkpoint-9").mkdir(parents=True)
+    monkeypatch.setattr(Trainer, "_save_checkpoint", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(*TOY, *STACK, "--steps", "1")
+    assert not list(Path("runs/out").glob("checkpoint-*"))
+
+
+def test_a_plan_is_replaced_in_full_or_not_at_all(train, monkeypatch):
+    train(*TOY, *STACK, "--steps", "1")
+    plan, write = Path("runs/out/plan.json"), Path.write_text
+    before = plan.read_text()
+
+    def stop(path, text, *args, **options):
+        if path.stem == "plan":
+            write(path, text[:9])
+            raise KeyboardInterrupt
+        return write(path, text, *args, **options)
+
+    monkeypatch.setattr(Path, "write_text", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(*TOY, *STACK, "--steps", "2")
+    assert plan.read_text() == before
 
 
 @pytest.fixture
