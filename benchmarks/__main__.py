@@ -15,6 +15,7 @@ BENCHMARKS = {
     "training": "steps of training whole models, on one GPU beside their peers",
     "quality": "what small models learn, beside a Llama of their size",
     "quantization": "what quantised weights cost in perplexity",
+    "stress": "what rounding adds up to over a long text",
     "ops": "single ops on one GPU beside their peers",
     "kernels": "single Triton kernels of the mLSTM on one GPU",
     "resources": "what these kernels need of a GPU, as the compiler has it",
