@@ -37,7 +37,12 @@ from notebooks.reference import PAGE, page
 ROOT = Path(__file__).parents[1]
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "notebooks").glob("*.md")))
+    for path in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "SECURITY.md",
+        *sorted((ROOT / "notebooks").glob("*.md")),
+    )
 }
 CARD = "checkpoints/xlstm-demo/README.md"
 KNOWN_SITES = tuple(
