@@ -608,7 +608,6 @@ def test_crop_counts_padding_as_tokens(kind):
     continues_as(model, cache, expected, 14)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("kind", TWO_KINDS)
 def test_taking_tokens_back_leaves_no_gradients(kind):
     model, ids = tiny_model(kind), random_ids(2, 14)
@@ -629,6 +628,7 @@ def test_a_cache_of_a_single_layer_knows_whether_it_records():
     assert cache.is_recording
 
 
+@torch.no_grad()
 def test_crop_of_nothing_only_forgets_the_records():
     model, ids = tiny_model("pre_up_slstm"), random_ids(2, 20)
     cache = XLSTMCache(model.config)

@@ -7,7 +7,7 @@ import torch
 from models import TWO_KINDS, random_ids, tiny_config, tiny_model
 from transformers import DynamicCache
 
-from modeling_xlstm import MLSTMLayer, SLSTMLayer, XLSTMBlock, XLSTMCache, XLSTMForCausalLM, checks
+from modeling_xlstm import MLSTMLayer, SLSTMLayer, XLSTMBlock, XLSTMCache, XLSTMForCausalLM, checks, inputs_xlstm
 
 
 IDS = random_ids(2, 20)
@@ -513,6 +513,12 @@ def test_packed_texts_may_be_read_in_inference_mode():
         for dtype in (torch.int32, torch.int64):
             actual = model(ids, cu_seq_lens_q=torch.tensor([0, 7, 12], dtype=dtype)).logits
             assert torch.equal(actual, expected)
+
+
+def test_packed_positions_are_refused_while_a_compiler_traces(monkeypatch):
+    monkeypatch.setattr(inputs_xlstm, "is_compiling", lambda: True)
+    with pytest.raises(NotImplementedError, match="cannot look for packed sequences in position_ids; give their bound"):
+        tiny_model()(ONE, position_ids=torch.arange(20)[None])
 
 
 def test_boundaries_become_int32():

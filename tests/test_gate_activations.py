@@ -187,13 +187,24 @@ def test_they_can_be_a_part_of_a_loss(kind):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("keep_gates_in_fp32", [True, False])
 @pytest.mark.parametrize("kind", TWO_KINDS)
-def test_they_are_float32_in_a_half_precision_model(kind):
-    model, ids = tiny_model(kind), random_ids(2, 30)
+def test_they_are_float32_in_a_half_precision_model(kind, keep_gates_in_fp32):
+    model, ids = tiny_model(kind, keep_gates_in_fp32=keep_gates_in_fp32), random_ids(2, 30)
     exact, rounded = gates_of(model, ids), gates_of(model.bfloat16(), ids)
     for layer, others in zip(rounded, exact, strict=True):
         assert all(x.dtype == torch.float32 for x in layer)
         assert (layer.forget - others.forget).abs().max() < 0.05
+
+
+@torch.no_grad()
+def test_autocast_does_not_reach_into_those_of_an_slstm():
+    layer = tiny_model("slstm", slstm_conv_kernel_size=0).model.layers[0].mixer
+    x = torch.randn(2, 9, 32)
+    (expected,) = shown(layer, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        (actual,) = shown(layer, x)
+    assert all(map(torch.equal, actual, expected))
 
 
 @torch.no_grad()

@@ -265,6 +265,14 @@ def test_positions_of_a_single_sequence_change_nothing():
 
 
 @torch.no_grad()
+def test_positions_of_all_rows_may_be_given_once_beside_padding():
+    model, (ids, mask) = tiny_model("pre_up_slstm"), padding("left")
+    positions = torch.arange(ids.shape[1])[None]
+    logits = model(ids, attention_mask=mask, position_ids=positions).logits
+    assert len(ids) > 1 and torch.equal(logits, model(ids, attention_mask=mask).logits)
+
+
+@torch.no_grad()
 def test_positions_of_a_padded_text_are_not_taken_for_boundaries():
     model, ids = tiny_model("pre_up_slstm"), random_ids(1, 20)
     mask = torch.ones(1, 20, dtype=torch.long)

@@ -132,6 +132,16 @@ def test_a_cache_under_autograd_and_one_whose_states_share_memory_can_be_saved(t
     assert_same_states(XLSTMCache.load(tmp_path / "state", model), cache, 0)
 
 
+def test_states_in_another_order_of_memory_can_be_saved(tmp_path):
+    model = tiny_model("pre_up_slstm")
+    cache = model(random_ids(2, 20)).past_key_values
+    for layer in cache.layers:
+        layer.state = layer.state.map(lambda x: x.detach().transpose(0, 1).contiguous().transpose(0, 1))
+    assert not cache.layers[0].state.cell[0].is_contiguous()
+    cache.save(tmp_path / "state", model)
+    assert_same_states(XLSTMCache.load(tmp_path / "state", model), cache, 0)
+
+
 @torch.no_grad()
 def test_a_loaded_cache_can_be_forked_and_takes_back_what_it_has_recorded_itself(saved):
     model, cache, path = saved
