@@ -25,9 +25,14 @@ def product_dtype(gates: torch.Tensor, R: torch.Tensor) -> torch.dtype:
     return R.dtype if gates.dtype == torch.float32 and R.dtype.itemsize == 2 else gates.dtype
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on there. PyTorch has none of the meta device, and raises."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
     """A context without autocast: what is computed inside keeps the dtypes that it is written in."""
-    if torch.is_autocast_enabled(device.type):
+    if autocasts(device):
         return torch.autocast(device.type, enabled=False)
     return AS_IT_IS
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from .cache_xlstm import XLSTMCache
-from .checks import as_int32, check_float, check_sequence, state_dtype
+from .checks import as_int32, autocasts, check_float, check_sequence, state_dtype
 from .custom_op import is_compiling
 
 
@@ -33,7 +33,7 @@ def check_embeds(inputs_embeds: Tensor, weight: Tensor) -> None:
     check_float("inputs_embeds", inputs_embeds, "B T D")
     if inputs_embeds.shape[-1] != weight.shape[-1]:
         raise ValueError(f"inputs_embeds must have shape [B, T, {weight.shape[-1]}], got {tuple(inputs_embeds.shape)}.")
-    if inputs_embeds.dtype != weight.dtype and not torch.is_autocast_enabled(inputs_embeds.device.type):
+    if inputs_embeds.dtype != weight.dtype and not autocasts(inputs_embeds.device):
         raise TypeError(f"inputs_embeds must be {weight.dtype} like the weights, got {inputs_embeds.dtype}.")
 
 

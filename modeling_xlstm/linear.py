@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from .backends import HAS_ONEDNN_LINEAR, HAS_TRITON, INTERPRETED, needs_triton, resolve
+from .checks import autocasts
 from .custom_op import differentiable_once, is_compiling
 from .fused import soft_cap
 from .linear_packed import PACKED
@@ -98,7 +99,7 @@ def is_plain(module: Any, x: Tensor) -> bool:
         is_alone(module)
         and x.dtype == module.weight.dtype
         and x.device == module.weight.device
-        and not torch.is_autocast_enabled(x.device.type)
+        and not autocasts(x.device)
         and not is_compiling()  # the compiler makes its own choice
     )
 

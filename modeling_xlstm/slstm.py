@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .backends import HAS_TRITON, resolve
-from .checks import check_float, check_like, check_sequence, full_precision, product_dtype, state_dtype
+from .checks import autocasts, check_float, check_like, check_sequence, full_precision, product_dtype, state_dtype
 from .slstm_torch import SLSTMState, hold_padding
 from .slstm_torch import slstm_scan as slstm_scan_torch
 from .slstm_torch import slstm_step as slstm_step_torch
@@ -118,8 +118,7 @@ def _check_inputs(gates: Tensor, R: Tensor) -> None:
 
 def _under_autocast(R: Tensor) -> Tensor:
     """R as a product takes it."""
-    device = R.device.type
-    return R.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else R
+    return R.to(torch.get_autocast_dtype(R.device.type)) if autocasts(R.device) else R
 
 
 def _resolve(backend: str, gates: Tensor, R: Tensor) -> str:

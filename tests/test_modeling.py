@@ -937,3 +937,14 @@ def test_a_text_that_is_not_read_to_its_end_is_known_as_that(monkeypatch):
         model(ids, past_key_values=cache, logits_to_keep=1)
     with pytest.raises(ValueError, match="failed half-way"):
         model(ids, past_key_values=cache)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_without_numbers_says_what_shapes_come_out(kind):
+    """On the meta device, where products are counted and memory is planned."""
+    model, ids = tiny_model(kind).to("meta"), random_ids(2, 9).to("meta")
+    output = model(ids, labels=ids, use_cache=True)
+    assert output.logits.shape == (2, 9, 99) and output.logits.is_meta and output.loss.shape == ()
+    output.loss.backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
+    assert model(ids[:, :1], past_key_values=output.past_key_values).logits.shape == (2, 1, 99)
