@@ -195,6 +195,7 @@ def plan(args: argparse.Namespace, data: dict, config: XLSTMConfig) -> dict:
         print(f"{seconds:.3f} s a step: {args.steps} steps fit into {args.max_minutes} minutes")
     settings |= {"steps": args.steps, "seconds": 0.0}
     for earlier in args.run.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):  # with which --resume would go on
+        print(f"{earlier}, of a run before without --resume, is deleted")
         shutil.rmtree(earlier)
     write_plan(path, settings)
     return settings

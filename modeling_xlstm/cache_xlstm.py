@@ -326,7 +326,11 @@ class XLSTMCache(Cache):
         if rows.dim() != 1 or (is_mask and len(rows) != B):
             shape = f"[{B}] as a mask" if is_mask else "[N]"
             raise ValueError(f"{name} must have shape {shape}, got {tuple(rows.shape)}.")
-        wrong = rows[:0] if is_mask or rows.device.type != "cpu" else rows[(rows < 0) | (rows >= B)]
+        if rows.device.type != "cpu":
+            return
+        if not len(rows) or (is_mask and not rows.any()):
+            raise ValueError(f"{name} must choose a row at least, got none.")
+        wrong = rows[:0] if is_mask else rows[(rows < 0) | (rows >= B)]
         if len(wrong):
             raise IndexError(f"{name} must be from 0 to {B - 1}, got {wrong[0].item()}.")
 

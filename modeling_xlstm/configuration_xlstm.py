@@ -45,6 +45,9 @@ MOST_BLOCKS = 10_000  # where only their number is told: of a billion, the list 
 LARGEST = 2**63 - 1  # products of what is no larger are finite
 WIDEST = 2**28  # of a matrix, whose bytes can be counted then
 
+OF_FETCHED_KERNELS = re.compile("_?(attn|experts)_implementation(_internal)?")
+SMALLEST = 2.0**-126  # of numbers that float32 divides by
+
 # What LoRA adapts where nothing else is asked for: all linear layers but the scalar gates, of every kind of block.
 LORA_TARGETS = ["qkvo_proj", "out_proj", "up_proj", "down_proj"]
 
@@ -182,7 +185,7 @@ class XLSTMConfig(PreTrainedConfig):
         fields, unused = super().get_config_dict(*args, **kwargs)
         if not isinstance(fields, dict) or not fields:
             got = "none" if not fields else type(fields).__name__
-            where = [*args, *kwargs.values()][0]
+            where = args[0] if args else kwargs["pretrained_model_name_or_path"]
             raise OSError(f"The config.json in {where} must hold names and values, got {got}.")
         return _translated(fields), unused
 
@@ -320,6 +323,9 @@ class XLSTMConfig(PreTrainedConfig):
         for field in POSITIVE + NOT_NEGATIVE:
             if (value := getattr(self, field)) is not None and value > LARGEST:
                 raise ValueError(f"{field} must be less than 2 ** 63, got {value}.")
+        for field in ("gate_soft_cap", "output_logit_soft_cap"):
+            if (value := getattr(self, field)) is not None and value < SMALLEST:
+                raise ValueError(f"{field} must be at least 2 ** -126, got {value}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and less than 1, got {self.dropout}.")
         if len(self.block_types) != self.num_hidden_layers:
@@ -373,7 +379,10 @@ class XLSTMConfig(PreTrainedConfig):
 
 
 def _translated(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of an `XLSTMConfig`, from a `config.json` of ours or of Transformers' own xLSTM."""
+    """The fields of an `XLSTMConfig`, from a `config.json` of ours or of Transformers' own xLSTM. Left out are those by
+    which Transformers would fetch kernels of attention from the Hub and run them.
+    """
+    fields = {name: value for name, value in fields.items() if not OF_FETCHED_KERNELS.fullmatch(name)}
     if fields.get("model_type") != "xlstm":
         return fields
     if "quantization_config" in fields:

@@ -9,8 +9,7 @@ Papers: https://arxiv.org/abs/2405.04517 (xLSTM[a:b]) and https://arxiv.org/abs/
 import copy
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -29,13 +28,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import (
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    TransformersKwargs,
-    can_return_tuple,
-    logging,
-)
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import ModelOutput, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -79,6 +72,7 @@ from .layers_xlstm import (
     small_std,
 )
 from .linear import is_alone, linear
+from .saving import replaced
 from .tensor_parallel import block_weights, pack_projections
 from .tensor_parallel_rows import rows_of
 
@@ -264,9 +258,9 @@ class XLSTMPreTrainedModel(DistributionMixin, PreTrainedModel):
         save_original_format: bool = False,
         **kwargs: Any,
     ):
-        """As in Transformers, except that `save_original_format` is off: weights are saved as they are in memory. Where
-        the directory holds a model already, what is left of its weights is never read with the new ones or in place of
-        them, even if saving is stopped half-way.
+        """As in Transformers, except that `save_original_format` is off: weights are saved as they are in memory. A
+        model that the directory holds already is replaced once the new one is there: what loads is one of them, even if
+        saving is stopped half-way.
 
         With `save_original_format=True` a language model is saved in the format of Transformers' own xLSTM, for those
         who load it without this package. It takes the memory of the weights once more.
@@ -276,10 +270,14 @@ class XLSTMPreTrainedModel(DistributionMixin, PreTrainedModel):
         if getattr(self, "_pp_stage", None) is not None:
             raise ValueError("A model must not be a pipeline to be saved, got one, with blocks in several processes.")
         common = {"is_main_process": is_main_process, "save_original_format": False, **kwargs}
+        writes = is_main_process and not (torch.distributed.is_initialized() and torch.distributed.get_rank())
+        in_parts = common.get("distributed_checkpoint") or getattr(self, "_hf_peft_config_loaded", False)
+        place = replaced(save_directory, common.get("variant")) if writes and not in_parts else None
         if not save_original_format:
-            has_weights = not (common.get("distributed_checkpoint") or getattr(self, "_hf_peft_config_loaded", False))
-            with _replacing_weights(save_directory, is_main_process and has_weights):
-                super().save_pretrained(save_directory, state_dict=state_dict, push_to_hub=push_to_hub, **common)
+            if push_to_hub:
+                common.setdefault("repo_id", Path(save_directory).name)
+            with place or nullcontext(save_directory) as folder:
+                super().save_pretrained(folder, state_dict=state_dict, push_to_hub=push_to_hub, **common)
             return
         if not isinstance(self, XLSTMForCausalLM):
             raise ValueError(f"Transformers' format is that of a language model, got {type(self).__name__}.")
@@ -297,11 +295,11 @@ class XLSTMPreTrainedModel(DistributionMixin, PreTrainedModel):
         fields = fields_to(self.config, "transformers")
         native = self.state_dict() if state_dict is None else state_dict
         origin = from_native(native, self.config, "transformers", weight_shapes(self.config))
-        with _replacing_weights(save_directory, is_main_process):
-            super().save_pretrained(save_directory, state_dict=origin, **common)
-        if is_main_process:
-            fields["dtype"] = str(self.dtype).removeprefix("torch.")
-            Path(save_directory, "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        with place or nullcontext(save_directory) as folder:
+            super().save_pretrained(folder, state_dict=origin, **common)
+            if is_main_process:
+                fields["dtype"] = str(self.dtype).removeprefix("torch.")
+                Path(folder, "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
     def set_backend(self, backend: str) -> None:
         """Selects the kernels of every layer: `"auto"`, `"torch"` or `"triton"`; raises if they cannot run here."""
@@ -492,19 +490,6 @@ def _pieces(B: int, T: int, keep: int) -> list[tuple[int, int]]:
     count = -(-B * T // PIECE)
     starts = list(range(0, max(1, T - keep + 1), -(-T // count)))
     return list(pairwise([*starts, T]))
-
-
-@contextmanager
-def _replacing_weights(folder: str | os.PathLike, is_mine: bool) -> Iterator[None]:
-    """Inside, weights are saved where there may be others, if that `is_mine`. Shards of both would be read together by
-    an index from before, and a single file from before in place of new shards."""
-    is_mine = is_mine and not (torch.distributed.is_initialized() and torch.distributed.get_rank())
-    index, single = Path(folder, SAFE_WEIGHTS_INDEX_NAME), Path(folder, SAFE_WEIGHTS_NAME)
-    if is_mine and index.is_file():
-        index.unlink()
-    yield
-    if is_mine and index.is_file():
-        single.unlink(missing_ok=True)
 
 
 def _is_finite(weight: Tensor) -> bool:

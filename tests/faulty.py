@@ -216,14 +216,15 @@ def fail(event: str, path: str, number: int) -> None:
 
 
 def convert(*argv: str) -> int:
-    """`python -m convert`, with the folder `cache` for what comes from the Hub, and no pause before it tries again."""
+    """`python -m convert`, with the folder `cache` for what comes from the Hub, and with short pauses."""
     from huggingface_hub import constants
 
     import convert.__main__
 
     constants.HF_HUB_CACHE = os.path.abspath("cache")
     convert.__main__.PATIENCE = 0.3
-    time.sleep = lambda seconds: None
+    sleep = time.sleep
+    time.sleep = lambda _: sleep(0.01)  # with no pause at all, threads that wait for something would keep others off
     return convert.__main__.main(list(argv))
 
 

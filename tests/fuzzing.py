@@ -77,6 +77,11 @@ class Caught:
         return True
 
 
+def is_in(folder: Path, path: str) -> bool:
+    """Whether it is the folder, or something in it."""
+    return path == str(folder) or path.startswith(f"{folder}{os.sep}")
+
+
 class Watch:
     """Which files are written, code is run and processes are started within a block, where that must not be."""
 
@@ -98,11 +103,11 @@ class Watch:
             if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and not isinstance(path, int):
                 path = os.path.abspath(os.fsdecode(path))
                 hidden = self.destination.with_name(f".{self.destination.name}.partial-")
-                if not path.startswith((str(self.destination), str(hidden), "/dev/null")):
+                if not is_in(self.destination, path) and not path.startswith((str(hidden), "/dev/null")):
                     self.seen.append(f"{path} was opened to write")
         elif event == "exec":
             file = getattr(arguments[0], "co_filename", "")
-            if file.startswith(str(self.destination.parent)):
+            if is_in(self.destination.parent, file):
                 self.seen.append(f"{file} was run")
         elif event.startswith(("os.exec", "os.fork", "os.posix_spawn", "os.system", "subprocess", "socket.connect")):
             self.seen.append(f"{event} {arguments!r:.200}")
@@ -309,9 +314,7 @@ class Bench:
     def judge_effects(self, before: dict[str, tuple[int, ...]], written: bool) -> None:
         """Nothing happened but that the destination was written, if it was."""
         assert not self.watch.seen, self.watch.seen[0]
-        after = {
-            path: about for path, about in tree(self.world).items() if not written or not path.startswith(str(self.to))
-        }
+        after = {path: about for path, about in tree(self.world).items() if not written or not is_in(self.to, path)}
         changed = [path for path in before.keys() | after if before.get(path) != after.get(path)]
         assert not changed, f"{min(changed)} changed"
 
@@ -385,7 +388,7 @@ class Bench:
         said_before, before = read_state(self.bases["state"][base] / name)
         for key in said_before.keys() - {"seen_tokens"}:
             assert said.get(key) == said_before[key], f"{key} is {said.get(key)!r:.80}"
-        assert str(cache.get_seq_length()) == said["seen_tokens"].lstrip("0") or "0"
+        assert str(cache.get_seq_length()) == (said["seen_tokens"].lstrip("0") or "0")
         loaded = {f"layers.{name}": x for name, x in states(cache).items()}
         assert loaded.keys() == tensors.keys() == before.keys()
         for name, x in loaded.items():

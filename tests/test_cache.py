@@ -143,6 +143,16 @@ def test_a_cache_that_is_differentiated_through_is_not_overwritten():
     assert not any(tensor.requires_grad for tensor in states(cache).values())
 
 
+@pytest.mark.parametrize("kind", TWO_KINDS)
+def test_a_token_outside_autograd_overwrites_no_state_that_a_loss_is_of(kind):
+    model, ids = tiny_model(kind), random_ids(1, 9)
+    cache = model(ids).past_key_values
+    loss = sum(x.square().sum() for x in states(cache).values())
+    with torch.no_grad():
+        model(ids[:, :1], past_key_values=cache)
+    loss.backward()
+
+
 def test_an_empty_cache_says_so():
     cache = XLSTMCache(tiny_config("pre_up_slstm"))
     assert cache.get_seq_length() == 0
@@ -385,6 +395,8 @@ def test_rows_are_reordered_repeated_and_selected(kind):
             ValueError,
             r"indices must have shape \[3\] as a mask, got \(2,\)",
         ),
+        (lambda c: c.batch_select_indices(torch.zeros(3, dtype=torch.bool)), ValueError, "must choose a row at least"),
+        (lambda c: c.reorder_cache(torch.tensor([], dtype=torch.int64)), ValueError, "beam_idx must choose a row"),
         (lambda c: c.batch_repeat_interleave(0), ValueError, "repeats must be an integer of at least 1, got 0"),
         (lambda c: c.batch_repeat_interleave(True), ValueError, "repeats must be an integer of at least 1, got True"),
         (lambda c: c.crop("1"), TypeError, "crop takes minus the number of tokens to remove, an integer, got '1'"),

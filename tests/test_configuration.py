@@ -55,6 +55,8 @@ IMPOSSIBLE = [
     ("norm_eps", 0.0, "norm_eps must be positive and finite, got 0.0"),
     ("eps", -1e-6, "eps must be zero or positive and finite, got -1e-06"),
     ("gate_soft_cap", 0.0, "gate_soft_cap must be positive and finite, got 0.0"),
+    ("gate_soft_cap", 1e-46, "gate_soft_cap must be at least 2 .. -126, got 1e-46"),
+    ("output_logit_soft_cap", 1e-300, "output_logit_soft_cap must be at least 2 .. -126, got 1e-300"),
     ("output_logit_soft_cap", -30.0, "output_logit_soft_cap must be positive and finite, got -30.0"),
     ("use_bias", "yes", "'use_bias' expected bool, got str"),
     ("add_out_norm", 1, "'add_out_norm' expected bool, got int"),

@@ -144,11 +144,13 @@ def test_what_is_written_run_and_started_elsewhere_is_seen(tmp_path):
         assert not watch.seen
         watch.see("open", (str(tmp_path / "from"), "w", os.O_WRONLY))
         watch.see("exec", (compile("", tmp_path / "from" / "hostile.py", "exec"),))
+        watch.see("open", (str(tmp_path / "to-be"), "w", os.O_WRONLY))
         watch.see("os.system", ("true",))
     watch.see("os.system", ("true",))
     assert [what.rsplit("/")[-1] for what in watch.seen] == [
         "from was opened to write",
         "hostile.py was run",
+        "to-be was opened to write",
         "os.system ('true',)",
     ]
 

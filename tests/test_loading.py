@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,10 +74,19 @@ def test_a_file_from_before_is_not_read_in_place_of_new_shards(tmp_path):
     assert all(torch.equal(loaded[name], x) for name, x in model.state_dict().items())
 
 
+def is_whole(folder: Path, model: Any) -> bool:
+    """Whether the model is what loads, and nothing else is there."""
+    loaded = XLSTMForCausalLM.from_pretrained(folder)
+    same = all(torch.equal(x, y) for x, y in zip(loaded.parameters(), model.parameters(), strict=True))
+    return same and loaded.config.gate_soft_cap == model.config.gate_soft_cap and not any(folder.glob(".*"))
+
+
 @pytest.mark.parametrize("original", [False, True])
-def test_a_model_that_is_half_saved_over_another_is_not_a_mixture_of_both(original, tmp_path, monkeypatch):
+def test_a_model_that_is_half_saved_over_another_leaves_that(original, tmp_path, monkeypatch):
+    """Their configurations differ too, which are saved first."""
     options = {"max_shard_size": "20KB", "save_original_format": original}
-    randomise(tiny_model(), 1).save_pretrained(tmp_path, **options)
+    before, after = randomise(tiny_model(), 1), tiny_model(gate_soft_cap=3.0)
+    before.save_pretrained(tmp_path, **options)
     save, left = transformers.modeling_utils.safe_save_file, [1]
 
     def stop(*args, **kwargs):
@@ -87,9 +97,46 @@ def test_a_model_that_is_half_saved_over_another_is_not_a_mixture_of_both(origin
 
     monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", stop)
     with pytest.raises(KeyboardInterrupt):
-        tiny_model().save_pretrained(tmp_path, **options)
-    with pytest.raises(OSError, match="model.safetensors"):
-        XLSTMForCausalLM.from_pretrained(tmp_path)
+        after.save_pretrained(tmp_path, **options)
+    assert is_whole(tmp_path, before)
+    monkeypatch.undo()
+    (tmp_path / ".saving-of-one-that-was-killed").mkdir()
+    after.save_pretrained(tmp_path, **options)
+    assert is_whole(tmp_path, after)
+
+
+def test_a_model_that_is_not_saved_for_a_bad_option_leaves_the_one_before(tmp_path):
+    before = randomise(tiny_model(), 1)
+    before.save_pretrained(tmp_path, max_shard_size="20KB")
+    with pytest.raises(ValueError, match="Unit .* not supported"):
+        tiny_model().save_pretrained(tmp_path, max_shard_size="nonsense")
+    assert is_whole(tmp_path, before)
+
+
+@pytest.mark.parametrize("size", ["20KB", "1GB"])
+def test_a_variant_is_saved_beside_the_model(size, tmp_path):
+    model, variant = randomise(tiny_model(), 1), tiny_model()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    for _ in range(2):
+        variant.save_pretrained(tmp_path, max_shard_size=size, variant="small")
+    assert is_whole(tmp_path, model)
+    loaded = XLSTMForCausalLM.from_pretrained(tmp_path, variant="small")
+    assert all(torch.equal(x, y) for x, y in zip(loaded.parameters(), variant.parameters(), strict=True))
+    assert len([*tmp_path.glob("model.small*")]) == len([*tmp_path.glob("*small*")]) - (size == "20KB")
+
+
+def test_no_kernels_are_fetched_because_a_checkpoint_says_so(tmp_path, monkeypatch):
+    """Transformers takes attention from the Hub by the name of a repository, if the package `kernels` is there."""
+    tiny_model().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    kinds = ("attn_implementation", "experts_implementation")
+    names = [name for kind in kinds for name in (kind, f"_{kind}", f"_{kind}_internal")]
+    fetched = dict.fromkeys(names, "kernels-community/x@0123456789abcdef0123456789abcdef01234567")
+    path.write_text(json.dumps(json.loads(path.read_text()) | fetched))
+    monkeypatch.setattr(transformers.integrations.hub_kernels, "is_kernels_available", lambda *_, **__: True)
+    monkeypatch.setattr(transformers.integrations.hub_kernels, "get_kernel", None)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation in (None, "eager", "sdpa")
+    assert "kernels-community" not in XLSTMConfig.from_pretrained(tmp_path).to_json_string()
 
 
 def test_a_weight_of_another_shape_is_refused_before_all_others_take_memory(tmp_path, monkeypatch):

@@ -948,3 +948,11 @@ def test_a_model_without_numbers_says_what_shapes_come_out(kind):
     output.loss.backward()
     assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
     assert model(ids[:, :1], past_key_values=output.past_key_values).logits.shape == (2, 1, 99)
+
+
+def test_a_head_may_have_a_single_key():
+    model = tiny_model(num_heads=1, qk_dim_factor=1 / 32).double()
+    ids = random_ids(2, 9)
+    whole = model(ids).logits
+    cache = model(ids[:, :5]).past_key_values
+    assert_near(model(ids[:, 5:], past_key_values=cache).logits, whole[:, 5:])
