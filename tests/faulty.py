@@ -217,12 +217,12 @@ def fail(event: str, path: str, number: int) -> None:
 
 def convert(*argv: str) -> int:
     """`python -m convert`, with the folder `cache` for what comes from the Hub, and with short pauses."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
 
     import convert.__main__
 
     constants.HF_HUB_CACHE = os.path.abspath("cache")
-    convert.__main__.PATIENCE = 0.3
+    convert.__main__.PATIENCE, file_download._ETAG_RETRY_TIMEOUT = 0.3, 1  # which is a minute, six times
     sleep = time.sleep
     time.sleep = lambda _: sleep(0.01)  # with no pause at all, threads that wait for something would keep others off
     return convert.__main__.main(list(argv))
