@@ -326,6 +326,11 @@ class XLSTMConfig(PreTrainedConfig):
         for field in ("gate_soft_cap", "output_logit_soft_cap"):
             if (value := getattr(self, field)) is not None and value < SMALLEST:
                 raise ValueError(f"{field} must be at least 2 ** -126, got {value}.")
+        for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            tokens = getattr(self, field)
+            for token in tokens if isinstance(tokens, list) else [tokens]:
+                if token is not None and abs(token) > LARGEST:
+                    raise ValueError(f"{field} must be less than 2 ** 63, got {token}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and less than 1, got {self.dropout}.")
         if len(self.block_types) != self.num_hidden_layers:

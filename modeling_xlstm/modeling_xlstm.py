@@ -805,6 +805,8 @@ class XLSTMForTokenClassification(XLSTMPreTrainedModel):
         loss = None
         if labels is not None:
             _check_label_shape("labels", labels, logits)
+            if labels.device.type == "cpu" and not is_compiling() and (labels == -100).all():  # a GPU is not waited for
+                raise ValueError("labels must hold a label to learn, got only -100.")
             loss = self.loss_function(logits, labels, self.config)
         hidden_states, gates = outputs.hidden_states, outputs.gates
         return XLSTMTokenClassifierOutput(loss=loss, logits=logits, hidden_states=hidden_states, gates=gates)

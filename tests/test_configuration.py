@@ -69,6 +69,8 @@ IMPOSSIBLE = [
     ("use_cache", "no", "'use_cache' expected bool, got str"),
     ("tie_word_embeddings", None, "'tie_word_embeddings' expected bool, got NoneType"),
     ("pad_token_id", "<pad>", "'pad_token_id' expected int, got str"),
+    ("pad_token_id", 2**63, "pad_token_id must be less than 2 .. 63, got 9223372036854775808"),
+    ("eos_token_id", [0, -(2**70)], "eos_token_id must be less than 2 .. 63, got -1180591620717411303424"),
     ("bos_token_id", 0.5, "'bos_token_id' expected int, got float"),
     ("eos_token_id", ["</s>"], "'eos_token_id' expected int, got list"),
 ]

@@ -7,7 +7,16 @@ import torch
 from models import TWO_KINDS, random_ids, tiny_config, tiny_model
 from transformers import DynamicCache
 
-from modeling_xlstm import MLSTMLayer, SLSTMLayer, XLSTMBlock, XLSTMCache, XLSTMForCausalLM, checks, inputs_xlstm
+from modeling_xlstm import (
+    MLSTMLayer,
+    SLSTMLayer,
+    XLSTMBlock,
+    XLSTMCache,
+    XLSTMForCausalLM,
+    XLSTMForTokenClassification,
+    checks,
+    inputs_xlstm,
+)
 
 
 IDS = random_ids(2, 20)
@@ -569,3 +578,9 @@ def test_an_additive_mask_is_refused():
     mask[0, :3] = -1e9
     with pytest.raises(ValueError, match="must hold 0 .padding. and 1, got -1"):
         model(torch.randint(2, 90, (2, 10)), attention_mask=mask)
+
+
+def test_labels_of_no_token_are_refused_by_a_classifier_of_tokens():
+    model = XLSTMForTokenClassification(tiny_config())
+    with pytest.raises(ValueError, match="labels must hold a label to learn, got only -100"):
+        model(IDS, labels=torch.full_like(IDS, -100))
