@@ -29,7 +29,8 @@ OF_PLAIN_TENSORS = _bits("ADInplaceOrView", "CPU", "AutogradCPU", "AutocastCPU",
 
 
 def is_compiling() -> bool:
-    """Whether a compiler or an exporter traces this. PyTorch's own says yes while any thread compiles.
+    """Whether a compiler traces this, or anything is exported. PyTorch's own says yes in all threads while one of them
+    compiles, and of exports it knows no more than that.
 
     It must not name `torch`: where a graph breaks, a compiler takes up the next functions that do, and it says yes.
     """
