@@ -248,6 +248,7 @@ CACHE = of(
     "test_a_cache_made_in_inference_mode_works_after_it",
     "test_a_token_with_gradients_does_not_overwrite_states_without",
     "test_a_cache_that_is_differentiated_through_is_not_overwritten",
+    "test_a_token_outside_autograd_overwrites_no_state_that_a_loss_is_of",
     "test_an_empty_cache_says_so",
     "test_a_cache_has_a_previous_state_once_its_last_layer_has_one",
     "test_a_filled_cache_says_what_it_has_seen",
