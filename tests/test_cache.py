@@ -379,6 +379,10 @@ def test_rows_are_reordered_repeated_and_selected(kind):
         with torch.no_grad():
             change(cache)
         continues_as(model, cache, cache_after(model, ids[rows]), 20)
+    cache = cache_after(model, ids[:1])
+    with torch.no_grad():
+        cache.batch_select_indices(torch.tensor([True]))
+    continues_as(model, cache, cache_after(model, ids[:1]), 20)
 
 
 @torch.no_grad()
