@@ -9,7 +9,7 @@ Papers: https://arxiv.org/abs/2405.04517 (xLSTM[a:b]) and https://arxiv.org/abs/
 import copy
 import json
 import os
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -272,11 +272,13 @@ class XLSTMPreTrainedModel(DistributionMixin, PreTrainedModel):
         common = {"is_main_process": is_main_process, "save_original_format": False, **kwargs}
         writes = is_main_process and not (torch.distributed.is_initialized() and torch.distributed.get_rank())
         in_parts = common.get("distributed_checkpoint") or getattr(self, "_hf_peft_config_loaded", False)
-        place = replaced(save_directory, common.get("variant")) if writes and not in_parts else None
+        place: AbstractContextManager[str] = nullcontext(os.fspath(save_directory))
+        if writes and not in_parts:
+            place = replaced(save_directory, common.get("variant"))
         if not save_original_format:
             if push_to_hub:
                 common.setdefault("repo_id", Path(save_directory).name)
-            with place or nullcontext(save_directory) as folder:
+            with place as folder:
                 super().save_pretrained(folder, state_dict=state_dict, push_to_hub=push_to_hub, **common)
             return
         if not isinstance(self, XLSTMForCausalLM):
@@ -295,7 +297,7 @@ class XLSTMPreTrainedModel(DistributionMixin, PreTrainedModel):
         fields = fields_to(self.config, "transformers")
         native = self.state_dict() if state_dict is None else state_dict
         origin = from_native(native, self.config, "transformers", weight_shapes(self.config))
-        with place or nullcontext(save_directory) as folder:
+        with place as folder:
             super().save_pretrained(folder, state_dict=origin, **common)
             if is_main_process:
                 fields["dtype"] = str(self.dtype).removeprefix("torch.")

@@ -2,7 +2,7 @@
 
 A mutant is a module with one small change in its source. A forked child of a process that has imported everything but
 the package reads it in place of the module, and runs the tests that are chosen for the module until one fails: then the
-mutant is killed. Of each line a few mutants are tried, always the same ones; with `--all` all are.
+mutant is killed. Of each line one is tried, always the same; with `--all` all are.
 
 Those that survive for a reason stand in mutation_survivors.txt. The status is 1 if fewer than 95 % are killed, if
 another one survives, or if what stands there is killed or is no mutant any more.

@@ -36,18 +36,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16) if GPU else (torch.float
 STATES, LENGTH, MANY = (test_stress.STATES, 24, 4) if GPU else (test_stress.STATES[:1], 8, 1)
 
 
-def on_triton(op: Op) -> Op:
-    """An op through Triton, for inputs and results on the CPU."""
-
-    def run(x: Inputs, **options: Any) -> tuple[Tensor, Any]:
-        h, state = op({name: t.to(DEVICE) for name, t in x.items()}, backend="triton", **options)
-        return h.cpu(), type(state)(*(t.cpu() for t in state))
-
-    return run
-
-
 def on_device(op: Op) -> Op:
-    """A baseline where tests of kernels have it."""
+    """An op where kernels are tested, for inputs and results on the CPU."""
 
     def run(x: Inputs, **options: Any) -> tuple[Tensor, Any]:
         h, state = op({name: t.to(DEVICE) for name, t in x.items()}, **options)
@@ -65,7 +55,8 @@ def through_triton(cell: Cell) -> Cell:
             partial(op, input_gate=cell.input_gate)
             for op in (test_mlstm.chunkwise, test_mlstm.step, test_mlstm_triton.plain)
         )
-    return cell._replace(whole=on_triton(whole), step=on_triton(step), others=(*cell.others, on_device(plain)))
+    whole, step = (on_device(partial(op, backend="triton")) for op in (whole, step))
+    return cell._replace(whole=whole, step=step, others=(*cell.others, on_device(plain)))
 
 
 def some(x: Inputs) -> Inputs:
